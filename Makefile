@@ -1,0 +1,80 @@
+# Everything that a person or CI does with a checkout. Every target can be run again.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# CPU wheels of torch, where no package source that pip already knows has one.
+TORCH_VERSION ?= 2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+QUICKSTART := recipes/emoji_quickstart.yaml
+
+.PHONY: help install install-dev quickstart test lint bench bench-env bench-peers prove-kill clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+
+# CUDA torch where there is an NVIDIA driver, CPU torch elsewhere. A CPU build comes from the package
+# sources that pip is set up with, or from PyTorch's own index.
+$(VENV)/.torch: $(BIN)/python
+	@if $(BIN)/python -c 'import torch' 2>/dev/null; then echo "torch is there"; \
+	elif command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then \
+	  $(BIN)/pip install -q "torch==$(TORCH_VERSION)"; \
+	else \
+	  $(BIN)/pip install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
+	  || $(BIN)/pip install -q "torch==$(TORCH_VERSION)+cpu" --index-url $(TORCH_CPU_INDEX); \
+	fi
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/pip install -q "setuptools>=77" wheel ninja
+	$(BIN)/pip install -q --no-build-isolation -e .
+	@touch $@
+
+install: $(VENV)/.installed  ## make .venv, install torch and Carillon, build the extension
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	@touch $@
+
+install-dev: $(VENV)/.installed-dev  ## install, with what tests and linters need
+
+quickstart: install  ## data, five minutes of training, a recall table and pictures
+	@$(BIN)/python recipes/quickstart.py $(QUICKSTART)
+
+test: install-dev  ## lint, types and the whole CPU suite
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+lint: install-dev  ## format and lint in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/mypy
+
+# Benchmarks without peers; needs nothing beside the project.
+bench: install-dev  ## speed of the operators (JSON in benchmarks/results)
+	$(BIN)/pip install -q --no-build-isolation -e ".[bench]"
+	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_image_normalize.py \
+	  --benchmark-json=benchmarks/results/image_normalize.json
+
+# Against OpenCLIP, webdataset and a bare loop, on Flickr8k and the emoji set; about half an hour.
+bench-peers: bench-env  ## speed and final loss against peers (JSON in benchmarks/results)
+	.venv-bench/bin/python -m pytest -c benchmarks/pytest.ini benchmarks/test_loader.py \
+	  --benchmark-json=benchmarks/results/loader.json
+	.venv-bench/bin/python -m pytest -c benchmarks/pytest.ini benchmarks/test_training.py \
+	  --benchmark-json=benchmarks/results/training.json
+	.venv-bench/bin/python benchmarks/convergence.py
+
+bench-env:  ## a second environment with the peers that benchmarks compare with
+	bash benchmarks/environment.sh
+
+prove-kill: install-dev  ## kill and resume a small run forty times: nothing is lost (strace, 10 minutes)
+	$(BIN)/python benchmarks/prove_durable.py
+	$(BIN)/python benchmarks/prove_kill.py
+
+clean:  ## remove build products (not runs, data or .venv)
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,157 @@
+"""The `carillon` command: noun and verb, plain verbs for the daily ones.
+
+Each command's module declares its own arguments and does its own work; it is imported only when its
+command is named, so `carillon --help` answers at once. Exit codes: 0 done, 1 a fault of ours, 2 the
+input cannot be used, 3 training was given up by its guard, 75 stopped by a signal with its state
+saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+from typing import NamedTuple
+
+from carillon import __version__
+
+
+class Command(NamedTuple):
+    words: tuple[str, ...]
+    module: str
+    help: str
+
+
+COMMANDS = (
+    Command(("train",), "carillon.engine.train.command", "train a model from a YAML config"),
+    Command(("ingest",), "carillon.engine.data.ingest", "bring your own pairs into a data set"),
+    Command(
+        ("embed",),
+        "carillon.engine.index.embedding",
+        "turn a data set into vectors by a run's model",
+    ),
+    Command(("search",), "carillon.engine.index.search", "find pictures by text or by picture"),
+    Command(("data", "emoji"), "carillon.engine.data.emoji", "build the emoji set, 30 languages"),
+    Command(
+        ("data", "register"),
+        "carillon.engine.registry.register",
+        "enter a data set in the registry",
+    ),
+    Command(("tokenizer",), "carillon.engine.data.tokenizer", "train or look into a tokenizer"),
+    Command(
+        ("config", "check"), "carillon.engine.train.check", "check a config file and name its run"
+    ),
+    Command(("config", "settings"), "carillon.engine.train.settings_page", "list every setting"),
+    Command(("eval", "run"), "carillon.engine.eval.suite", "score a run's checkpoint, by language"),
+    Command(
+        ("runs",),
+        "carillon.engine.registry.command",
+        "list runs, show one, trace a checkpoint back to its data",
+    ),
+)
+
+# Not a fault of ours, and met wherever something is written.
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_STORAGE_HINT = "make room or write elsewhere, then give the same command again"
+
+_EPILOG = """examples:
+  carillon data emoji --out data/emoji --size 64
+  carillon train recipes/emoji_quickstart.yaml
+  carillon search RUN "un chien qui court"
+
+`carillon COMMAND --help` has examples of each command."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = _parser(arguments)
+    args = _parse(parser, arguments)
+    from carillon.engine.config import UserError
+
+    try:
+        code: int = args.main(args)
+        return code
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"carillon: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"carillon: {where}{error.strerror}; {_STORAGE_HINT}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """As parse_args, but `key=value` may stand anywhere, for commands that take overrides.
+
+    argparse fills a list of positionals from their first group alone, and its own remedy,
+    parse_intermixed_args, refuses subcommands.
+    """
+    args, left = parser.parse_known_args(arguments)
+    takes_overrides = isinstance(getattr(args, "overrides", None), list)
+    late = [word for word in left if takes_overrides and "=" in word and not word.startswith("-")]
+    unknown = [word for word in left if word not in late]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if late:
+        args.overrides = [*args.overrides, *late]
+    return args
+
+
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="carillon",
+        description="Train, evaluate and search with multimodal models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"carillon {__version__}")
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    nouns: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]] = {}
+    for command in COMMANDS:
+        if len(command.words) == 1:
+            _add(verbs, command, arguments)
+            continue
+        noun = command.words[0]
+        if noun not in nouns:
+            described = [c for c in COMMANDS if c.words[0] == noun]
+            listing = "; ".join(f"{c.words[1]}: {c.help}" for c in described)
+            group = verbs.add_parser(noun, help=listing)
+            nouns[noun] = group.add_subparsers(dest="verb", required=True, metavar="VERB")
+        _add(nouns[noun], command, arguments)
+    return parser
+
+
+def _add(
+    parent: argparse._SubParsersAction[argparse.ArgumentParser],
+    command: Command,
+    arguments: list[str],
+) -> None:
+    words = tuple(word for word in arguments if not word.startswith("-"))[: len(command.words)]
+    if words != command.words:  # not asked for: only its line of help
+        parent.add_parser(command.words[-1], help=command.help)
+        return
+    module = importlib.import_module(command.module)
+    child = parent.add_parser(
+        command.words[-1],
+        help=command.help,
+        description=command.help[0].upper() + command.help[1:] + ".",
+        epilog=module.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(child)
+    child.set_defaults(main=module.main)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

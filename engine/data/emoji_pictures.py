@@ -1,0 +1,125 @@
+"""Reads the packages of the emoji set: names by concept, and pictures joined with concepts.
+
+An Iconify pack lists its icons' code points in chars.json; the older ones do not and are joined by
+icon name with the naming pack. SVG bodies become whole documents, not yet rendered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from carillon.engine.config import UserError
+from carillon.engine.data.emoji_concepts import concept_of_hex, concept_of_text
+from carillon.engine.data.emoji_sources import Pack, Sources, read_json, read_members
+
+Names = dict[str, dict[str, tuple[str, list[str]]]]
+
+_FORBIDDEN = ("<image", "<text", "<script", "<foreignObject", "<!")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to render: an SVG document, or encoded raster bytes."""
+
+    concept: str
+    pack: Pack
+    content: str | bytes
+
+
+def read_names(folder: Path, sources: Sources, languages: Sequence[str]) -> Names:
+    """concept -> language -> (short name, keywords)."""
+    names: Names = {}
+    for package, kind in (
+        (sources.names, "annotations"),
+        (sources.derived_names, "annotationsDerived"),
+    ):
+        path = folder / package.file
+        members = read_members(path)
+        known = sorted(name.split("/")[2] for name in members if name.count("/") == 3)
+        for language in languages:
+            if language not in known:
+                raise UserError(f"--languages {language}: CLDR has {', '.join(known)}")
+            member = f"package/{kind}/{language}/annotations.json"
+            annotations = read_json(members, member, path)[kind]["annotations"]
+            for characters, entry in annotations.items():
+                if name := next(iter(entry.get("tts", [])), ""):
+                    by_language = names.setdefault(concept_of_text(characters), {})
+                    by_language.setdefault(language, (name, entry.get("default", [])))
+    return names
+
+
+def read_pictures(
+    folder: Path, sources: Sources, names: Mapping[str, Mapping[str, Any]]
+) -> list[Picture]:
+    """All pictures of named concepts, one for each concept and pack, in a fixed order."""
+    slugs: dict[str, str] = {}
+    pictures: list[Picture] = []
+    for pack in sorted(sources.packs, key=lambda pack: pack.vendor != sources.naming):
+        path = folder / pack.package.file
+        members = read_members(path)
+        found: Mapping[str, str | bytes]
+        if pack.raster:
+            found = _raster_icons(members)
+        else:
+            icons = read_json(members, "package/icons.json", path)
+            listed = read_json(members, "package/chars.json", path)
+            by_concept = _join(icons, listed, slugs)
+            if pack.vendor == sources.naming:
+                slugs = _slugs(icons, by_concept)
+            found = {concept: _svg(icons, name) for concept, name in by_concept.items()}
+        kept = ((concept, content) for concept, content in found.items() if concept in names)
+        pictures += [Picture(concept, pack, content) for concept, content in kept]
+    if not pictures:
+        raise UserError(f"no picture in {folder} has a name in the languages asked for")
+    return sorted(pictures, key=lambda picture: (picture.concept, picture.pack.vendor))
+
+
+def _join(
+    icons: Mapping[str, Any], listed: Mapping[str, str], slugs: Mapping[str, str]
+) -> dict[str, str]:
+    """concept -> icon name, by the pack's own code points, or else by the naming pack's names."""
+    pairs = (
+        [(concept_of_hex(points), name) for points, name in sorted(listed.items())]
+        if listed
+        else [(slugs[name], name) for name in sorted(icons["icons"]) if name in slugs]
+    )
+    joined: dict[str, str] = {}
+    for concept, name in pairs:
+        if name in icons["icons"]:
+            joined.setdefault(concept, name)
+    return joined
+
+
+def _slugs(icons: Mapping[str, Any], by_concept: Mapping[str, str]) -> dict[str, str]:
+    """icon name -> concept, plain aliases included."""
+    slugs = {name: concept for concept, name in by_concept.items()}
+    for alias, entry in icons.get("aliases", {}).items():
+        if set(entry) == {"parent"} and entry["parent"] in slugs:
+            slugs.setdefault(alias, slugs[entry["parent"]])
+    return slugs
+
+
+def _raster_icons(members: Mapping[str, bytes]) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for name in sorted(members):
+        if name.startswith("package/assets/") and name.endswith(".webp"):
+            points = name.removeprefix("package/assets/").removesuffix(".webp")
+            found.setdefault(concept_of_hex(points), members[name])
+    return found
+
+
+def _svg(icons: Mapping[str, Any], name: str) -> str:
+    icon = icons["icons"][name]
+    left, top = icon.get("left", 0), icon.get("top", 0)
+    width = icon.get("width", icons.get("width", 16))
+    height = icon.get("height", icons.get("height", 16))
+    body = str(icon["body"])
+    if any(tag in body for tag in _FORBIDDEN):  # they reach for files, fonts or entities
+        raise UserError(f"the icon {name!r} holds one of {', '.join(_FORBIDDEN)}")
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{left} {top} {width} {height}" width="SIZE" height="SIZE">{body}</svg>'
+    )

@@ -1,0 +1,186 @@
+"""Indexes of plain WebDataset tars, built once and kept in the user's cache folder.
+
+The cache entry is named by a hash of the tars' paths, sizes and modification times, so an altered
+tar is indexed anew, and a second process that builds the same entry loses nothing: the first
+rename wins. An entry is an ordinary dataset.json whose shards have absolute paths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from carillon.engine.config import UserError
+from carillon.engine.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardFile,
+    SplitFiles,
+    manifest_bytes,
+    read_manifest,
+)
+from carillon.engine.data.publish import publish_folder
+from carillon.engine.data.shard_index import IndexedTar, index_tar, rows_to_array
+from carillon.engine.data.shard_writer import write_synced
+
+PLAIN_SPLIT = "all"
+_REMOTE = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_MAX_EXPANDED = 1_000_000
+_log = logging.getLogger(__name__)
+
+
+def expand_sources(path: str | Path | Sequence[str]) -> list[Path]:
+    """Turn a folder, a .tar, a brace pattern or a list of those into existing tar files.
+
+    Raises UserError for what does not exist, is no tar, or lies in an object store.
+    """
+    given = [str(path)] if isinstance(path, (str, Path)) else [str(item) for item in path]
+    tars: list[Path] = []
+    for item in given:
+        refuse_remote(item)
+        for name in itertools.islice(expand_braces(item), _MAX_EXPANDED):
+            tars += _tars_of(Path(name).absolute())
+    if not tars:
+        raise UserError("no shard was given: an empty list of data paths")
+    doubled = next((tar for tar, count in Counter(tars).items() if count > 1), None)
+    if doubled:
+        raise UserError(f"the shard {doubled} is given twice")
+    return tars
+
+
+def refuse_remote(path: str) -> None:
+    """Raise UserError for URLs: this version reads local files only."""
+    if _REMOTE.match(path):
+        raise UserError(
+            f"{path} is remote; object stores and web addresses come with the data plane. "
+            "Download it and give the local path."
+        )
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """Expand `x-{000..010}` and `{a,b}` as a shell would; zero padding is kept.
+
+    Raises UserError for braces that are neither.
+    """
+    match = _BRACES.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    body = match[1]
+    first, dots, last = body.partition("..")
+    if dots and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
+        width = len(first) if first.startswith("0") else 0
+        choices: Iterator[str] = (f"{n:0{width}d}" for n in range(int(first), int(last) + 1))
+    elif "," in body:
+        choices = iter(body.split(","))
+    else:
+        raise UserError(f"{{{body}}} in {pattern} is no range like {{000..010}} or list {{a,b}}")
+    for choice in choices:
+        yield from expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+
+
+def indexed_manifest(tars: Sequence[Path]) -> tuple[Path, Manifest]:
+    """The cache folder and manifest of these tars, indexed now if they are new.
+
+    Raises UserError for a damaged tar or a key that two samples share.
+    """
+    folder = _cache_root() / _entry_name(tars)
+    if (folder / MANIFEST_NAME).is_file():
+        return folder, read_manifest(folder / MANIFEST_NAME, absolute_files=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    except OSError as error:
+        reason = f"{error.strerror}. Point XDG_CACHE_HOME to a folder that can be written."
+        raise UserError(f"no index can be kept in {folder.parent}: {reason}") from None
+    try:
+        manifest = _build(tars, partial)
+        if not folder.exists():
+            publish_folder(partial, folder)
+    except OSError as error:
+        if not (folder / MANIFEST_NAME).is_file():  # else another process was first
+            raise UserError(f"no index can be kept in {folder}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder, manifest
+
+
+def _tars_of(path: Path) -> list[Path]:
+    if path.is_dir():
+        tars = sorted(path.glob("*.tar"))
+        if not tars:
+            raise UserError(f"{path} holds neither {MANIFEST_NAME} nor a .tar shard")
+        return tars
+    if not path.is_file():
+        raise UserError(f"{path} does not exist. Give a data set folder or .tar shards.")
+    if path.suffix != ".tar":
+        raise UserError(f"{path} is no .tar shard (compressed tars cannot be read by offset)")
+    return [path]
+
+
+def _cache_root() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "carillon" / "indexes"
+
+
+def _entry_name(tars: Sequence[Path]) -> str:
+    digest = hashlib.sha256(b"2\n")  # the version of what an entry holds
+    for tar in tars:
+        stat = tar.stat()
+        digest.update(f"{tar.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _build(tars: Sequence[Path], folder: Path) -> Manifest:
+    shards: list[ShardFile] = []
+    ignored: Counter[str] = Counter()
+    owners: dict[bytes, Path] = {}
+    for number, tar in enumerate(tars):
+        indexed = index_tar(tar)
+        ignored.update(indexed.ignored)
+        for row in indexed.rows:
+            if row.key in owners:
+                raise UserError(
+                    f"the key {row.key.decode()!r} occurs in {owners[row.key].name} and again in "
+                    f"{tar.name}. Keys are unique over all shards of a set."
+                )
+            owners[row.key] = tar
+        shards.append(_write_index(folder / f"{number:06d}.index.npy", tar, indexed))
+    if not owners:
+        raise UserError(f"{tars[0]} holds no sample that can be read; ignored: {dict(ignored)}")
+    if ignored:
+        _log.warning("ignored members of %s: %s", tars[0].parent, dict(ignored))
+    manifest = Manifest(
+        name=tars[0].parent.name,
+        splits={PLAIN_SPLIT: SplitFiles(shards=tuple(shards))},
+        source={"kind": "webdataset"},
+        ignored=ignored,
+    )
+    write_synced(folder / MANIFEST_NAME, manifest_bytes(manifest))
+    return manifest
+
+
+def _write_index(path: Path, tar: Path, indexed: IndexedTar) -> ShardFile:
+    buffer = io.BytesIO()
+    np.save(buffer, rows_to_array(indexed.rows), allow_pickle=False)
+    write_synced(path, buffer.getvalue())
+    return ShardFile(
+        file=str(tar),
+        size_bytes=indexed.size_bytes,
+        sha256=indexed.sha256,
+        num_samples=len(indexed.rows),
+        index=path.name,
+        index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
+    )

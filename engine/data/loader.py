@@ -1,0 +1,366 @@
+"""Positions in, batches out: the training loader.
+
+The dataset maps a global position to a finished sample, purely: row by `SampleOrder`, augmentation
+and caption by a generator keyed with the position. Workers are therefore stateless, the loader's
+whole state is the next position, and any world size, worker count or restart yields the same
+stream. A bad sample is replaced by a drawn one, reported with its key and reason, and counted; past
+`max_bad_share` the run stops. Caption rule: a language among those allowed that the picture has, by
+weight (1 unless set), then one of its captions uniformly.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from carillon.engine.config import UserError, section, setting
+from carillon.engine.data.decode.image import decode_rgb
+from carillon.engine.data.order import HeldOut, SampleOrder, position_generator
+from carillon.engine.data.shards import Dataset as Opened
+from carillon.engine.data.shards import RawSample, SampleError, Split, open_dataset
+from carillon.engine.data.tokenizer import Tokenizer, TokenizerConfig
+from carillon.engine.data.transforms import (
+    ImageAugmentConfig,
+    Picture,
+    needed_side,
+    train_transform,
+)
+
+MAX_BATCH_SIZE = 1_000_000  # the largest published ones are below 200,000
+_MAX_STAND_INS = 20  # a set this damaged has passed any sensible max_bad_share long before
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextAugmentConfig:
+    """`data.augment.text`."""
+
+    max_len: int | None = setting(
+        None,
+        "Tokens kept of a caption, bos and eos included; none: the text model's context.",
+        min=3,
+        max=131_072,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """`data.augment`."""
+
+    image: ImageAugmentConfig = section(ImageAugmentConfig)
+    text: TextAugmentConfig = section(TextAugmentConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """`data.filters`."""
+
+    nsfw: bool = setting(False, "Drop pictures that the curation stage scored unsafe.")
+    lang_allow: tuple[str, ...] = setting((), "Languages of captions to use; empty: all.")
+
+    def check(self) -> Iterator[str]:
+        if self.nsfw:
+            yield (
+                "nsfw: true needs the scores of the curation stage, which comes with the data "
+                "plane (ingest and curate); set data.filters.nsfw=false until then"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """`data`: what is read and how it becomes batches."""
+
+    path: str | None = setting(
+        None, "A data set folder, or a folder or pattern of WebDataset tars."
+    )
+    shards: tuple[str, ...] = setting((), "Instead of path: tar files or brace patterns.")
+    split: str | None = setting(None, "Split to train on; none: `train`, or the set's only split.")
+    validation_every: int = setting(
+        0, "Hold out every n-th row for validation; 0 holds out none.", min=0, max=1_000_000_000
+    )
+    batch_size: int = setting(
+        256, "Pairs in a global batch, over all processes.", min=2, max=MAX_BATCH_SIZE
+    )
+    micro_batch_size: int | None = setting(
+        None,
+        "Pairs a process computes at once; less than its share uses cached gradients.",
+        min=1,
+        max=MAX_BATCH_SIZE,
+    )
+    num_workers: int = setting(
+        1,
+        "Loader processes beside each training process; 0 loads in it.",
+        min=0,
+        max=1024,
+        hashed=False,
+    )
+    prefetch_batches: int = setting(
+        4, "Batches each worker keeps ready.", min=1, max=1000, hashed=False
+    )
+    max_bad_share: float = setting(
+        0.01, "Stop when more than this share of the samples read is bad.", min=0, max=1
+    )
+    augment: AugmentConfig = section(AugmentConfig)
+    filters: FilterConfig = section(FilterConfig)
+    language_weights: dict[str, float] = setting(
+        {}, "Weight of a language in the choice of caption."
+    )
+    tokenizer: TokenizerConfig = section(TokenizerConfig)
+
+    def check(self) -> Iterator[str]:
+        if (self.path is None) == (not self.shards):
+            yield "path: give either path or shards (a folder, or a list of tars)"
+        if self.validation_every == 1:
+            yield "validation_every: 1 would hold out every row; 0 (none) or at least 2 is allowed"
+        for language, weight in self.language_weights.items():
+            if not 0 <= weight < float("inf"):
+                yield f"language_weights.{language}: {weight} given, 0 or more is allowed"
+        allowed = self.filters.lang_allow
+        unused = [code for code in self.language_weights if allowed and code not in allowed]
+        if unused:
+            yield (
+                f"language_weights: {', '.join(unused)} given, but filters.lang_allow has only "
+                f"{', '.join(allowed)}; add to that list or drop the weight"
+            )
+        given, how = ("shards", "[FOLDER]") if self.shards else ("path", "FOLDER")
+        for source in self.sources():
+            if "://" in source:
+                yield (
+                    f"{given}: {source} is remote; object stores come with the data plane. "
+                    f"Copy the shards to a local folder and set data.{given}={how}"
+                )
+
+    def sources(self) -> tuple[str, ...]:
+        return self.shards or ((self.path,) if self.path is not None else ())
+
+
+class TrainingSample(NamedTuple):
+    position: int
+    key: str
+    image: Picture
+    caption: str
+    language: str
+
+
+class Batch(NamedTuple):
+    """One process's share of a global batch, in position order.
+
+    Shapes: images (B, S, S, 3) uint8, tokens (B, L) int64, lengths (B,) int64.
+    `bad` holds (key, reason) of the samples that were replaced.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    keys: list[str]
+    languages: list[str]
+    bad: list[tuple[str, str]]
+
+    def to(self, device: torch.device) -> Batch:
+        return self._replace(
+            images=self.images.to(device, non_blocking=True),
+            tokens=self.tokens.to(device, non_blocking=True),
+            lengths=self.lengths.to(device, non_blocking=True),
+        )
+
+    def microbatches(self, size: int) -> list[Batch]:
+        """Consecutive parts of `size` pairs (the last may be shorter)."""
+        if size >= len(self.keys):
+            return [self]
+        return [self._part(start, start + size) for start in range(0, len(self.keys), size)]
+
+    def _part(self, start: int, stop: int) -> Batch:
+        return Batch(
+            images=self.images[start:stop],
+            tokens=self.tokens[start:stop],
+            lengths=self.lengths[start:stop],
+            keys=self.keys[start:stop],
+            languages=self.languages[start:stop],
+            bad=[],
+        )
+
+
+def open_training(config: DataConfig) -> tuple[Opened, Split]:
+    """The set and its split to train on. Raises UserError when either is not there."""
+    dataset = open_dataset(config.path if config.path is not None else list(config.shards))
+    if config.split is not None:
+        if config.split not in dataset.splits:
+            given = f"data.split: {config.split} is not in the set"
+            raise UserError(f"{given}; it has {', '.join(dataset.splits)}")
+        return dataset, dataset.splits[config.split]
+    if "train" in dataset.splits:
+        return dataset, dataset.splits["train"]
+    if len(dataset.splits) == 1:
+        return dataset, next(iter(dataset.splits.values()))
+    raise UserError(f"data.split: name one of the set's splits: {', '.join(dataset.splits)}")
+
+
+def open_split(config: DataConfig) -> Split:
+    """The split to train on. Raises UserError when the set or the split is not there."""
+    return open_training(config)[1]
+
+
+class PositionedSamples(Dataset[Any]):
+    """Global position -> training sample, as a pure function."""
+
+    def __init__(
+        self,
+        split: Split,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        size: int,
+        context: int,
+        seed: int,
+    ) -> None:
+        self.split, self.config, self.tokenizer = split, config, tokenizer
+        self.size, self.seed = size, seed
+        self._min_side = needed_side(size, config.augment.image)
+        self.context = min(config.augment.text.max_len or context, context)
+        self.held_out = HeldOut(len(split), config.validation_every)
+        self.order = SampleOrder(self.held_out.num_training, seed)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch | UserError:
+        """The batch of the given positions (the hook that DataLoader calls once a batch).
+
+        An error that concerns the user is returned, since a worker's exception would arrive as
+        a traceback in a message.
+        """
+        try:
+            return self.batch(positions)
+        except UserError as error:
+            return error
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """The batch of the given global positions."""
+        where = np.asarray(positions, dtype=np.int64)
+        rows = self.held_out.training_row(self.order.rows(where))
+        bad: list[tuple[str, str]] = []
+        samples = [self._sample(int(p), int(r), bad) for p, r in zip(where, rows, strict=True)]
+        tokens, lengths = self.tokenizer.encode([s.caption for s in samples], self.context)
+        images = torch.from_numpy(np.stack([sample.image for sample in samples]))
+        keys = [sample.key for sample in samples]
+        return Batch(images, tokens, lengths, keys, [s.language for s in samples], bad)
+
+    def _sample(self, position: int, row: int, bad: list[tuple[str, str]]) -> TrainingSample:
+        for attempt in range(_MAX_STAND_INS):
+            try:
+                return self._read(position, row)
+            except SampleError as error:
+                bad.append((error.key, error.reason))
+            drawn = np.array([self.order.replacement(position, attempt)])
+            row = int(self.held_out.training_row(drawn)[0])
+        raise UserError(
+            f"{_MAX_STAND_INS} samples in a row are bad, the last {bad[-1][0]}: {bad[-1][1]}; "
+            "is this the right data set?"
+        )
+
+    def _read(self, position: int, row: int) -> TrainingSample:
+        raw = self.split.read(row)
+        generator = position_generator(self.seed, "sample", position)
+        language, caption = self._choose_caption(raw, generator)
+        try:
+            picture = decode_rgb(raw.media, min_side=self._min_side)
+        except ValueError as error:
+            raise SampleError(raw.key, str(error)) from None
+        image = train_transform(picture, self.size, self.config.augment.image, generator)
+        return TrainingSample(position, raw.key, image, caption, language)
+
+    def _choose_caption(self, raw: RawSample, generator: np.random.Generator) -> tuple[str, str]:
+        allowed = self.config.filters.lang_allow
+        captions = raw.meta.get("captions", {})
+        languages = sorted(c for c in captions if captions[c] and (not allowed or c in allowed))
+        weights = [self.config.language_weights.get(language, 1.0) for language in languages]
+        total = sum(weights)
+        if not languages or total <= 0:
+            raise SampleError(raw.key, f"no caption in {', '.join(allowed) or 'any language'}")
+        pick = np.searchsorted(np.cumsum(weights), generator.random() * total, side="right")
+        language = languages[min(int(pick), len(languages) - 1)]
+        texts = captions[language]
+        return language, str(texts[int(generator.integers(len(texts)))])
+
+
+class _LocalPositions:
+    """Positions of this process's contiguous share of each global batch, without end."""
+
+    def __init__(self, start: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.start, self.batch_size = start, batch_size
+        self.share = batch_size // world_size
+        self.offset = rank * self.share
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.start + self.offset
+        while True:
+            yield list(range(first, first + self.share))
+            first += self.batch_size
+
+
+class TrainingLoader:
+    """Batches of this process from `position` on; its state is that position and the bad counts."""
+
+    def __init__(
+        self, samples: PositionedSamples, *, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self.samples, self.rank, self.world_size = samples, rank, world_size
+        self._pin = device.type == "cuda"
+        self.position = 0
+        self.num_read = 0
+        self.num_bad = 0
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        """Batches without end; close it, or its workers outlive an error that keeps its frame."""
+        config = self.samples.config
+        positions = _LocalPositions(self.position, config.batch_size, self.rank, self.world_size)
+        workers = config.num_workers
+        loader: DataLoader[Any] = DataLoader(
+            self.samples,
+            batch_sampler=positions,
+            num_workers=workers,
+            prefetch_factor=config.prefetch_batches if workers else None,
+            collate_fn=_as_it_is,
+            pin_memory=self._pin,
+            worker_init_fn=_start_worker,
+            multiprocessing_context="fork" if workers else None,
+            timeout=600 if workers else 0,
+        )
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            self.position += config.batch_size
+            self.num_read += len(batch.keys)
+            self.num_bad += len(batch.bad)
+            yield batch
+
+    def check_bad_share(self, num_bad: int, num_read: int) -> None:
+        """Raise UserError once the run's bad share passes the limit (judged from 200 reads on)."""
+        limit = self.samples.config.max_bad_share
+        if num_read >= 200 and num_bad > limit * (num_read + num_bad):
+            raise UserError(
+                f"{num_bad} of {num_read + num_bad} samples read are bad, more than "
+                f"data.max_bad_share={limit:g}; see the log for keys and reasons"
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position, "num_read": self.num_read, "num_bad": self.num_bad}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = int(state["position"])
+        self.num_read, self.num_bad = int(state["num_read"]), int(state["num_bad"])
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(kind, signal.SIG_IGN)  # the training process decides when to end
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its thread pool does not survive a fork

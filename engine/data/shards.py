@@ -1,0 +1,215 @@
+"""Data sets on disk: tar shards with WebDataset naming, read by row number.
+
+A row is one bisection, one index row and one positioned read; the CRC-32 of what was read is
+checked before it is used. Opening reads the manifest and stats the shards: O(shards). An index
+is checked whole, by SHA-256 and content, at the first touch of its shard by a process. Splits hold
+no open file until they are read, so they can be pickled, forked and spawned. At most so many shards
+stay open; random rows of more shards than that cost two `open` calls each.
+Plain WebDataset tars are indexed once into a cache folder (index_cache.py) and then read alike.
+Left out: object stores, and writing into a finished set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from carillon.engine.config import UserError
+from carillon.engine.data.index_cache import expand_sources, indexed_manifest
+from carillon.engine.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardFile,
+    SplitFiles,
+    read_manifest,
+)
+from carillon.engine.data.samples import RawSample, SampleError, parse_meta, parse_text_meta
+from carillon.engine.data.shard_index import (
+    JSON_META,
+    TEXT_META,
+    IndexRow,
+    RowLayout,
+    check_index,
+)
+from carillon.engine.data.shard_writer import ShardWriter
+
+__all__ = ["Dataset", "RawSample", "SampleError", "ShardWriter", "Split", "open_dataset"]
+
+_MAX_OPEN_SHARDS = 128  # two descriptors each (tar and index): far below the usual 1,024
+_MAX_GAP_BYTES = 8192  # media and meta closer than this are fetched by one read
+
+
+class _OpenShard:
+    """Descriptors of a tar and its index; closed when the last reader lets go."""
+
+    def __init__(self, tar: Path, index: Path, layout: RowLayout) -> None:
+        self._layout = layout
+        self._opened: list[int] = []
+        for path in (tar, index):
+            self._opened.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        self.fd, self._index_fd = self._opened
+
+    def row(self, local: int) -> IndexRow:
+        return self._layout.read(self._index_fd, local)
+
+    def __del__(self) -> None:
+        for fd in self._opened:
+            os.close(fd)
+
+
+class Split:
+    """The samples of one split as a sequence; safe to share between threads and processes."""
+
+    def __init__(self, name: str, folder: Path, files: SplitFiles) -> None:
+        self.name = name
+        self._folder = folder
+        self._shards = files.shards
+        self._ends = list(accumulate(shard.num_samples for shard in files.shards))
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._layouts: dict[int, RowLayout] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict(), "_layouts": {}}
+
+    def key(self, row: int) -> str:
+        """The sample's key, from the index alone."""
+        number, local = self._locate(row)
+        return self._row(number, local)[1].key.decode()
+
+    def read(self, row: int) -> RawSample:
+        """Read one sample.
+
+        Raises SampleError when its bytes are damaged or its text cannot be used, UserError when
+        the whole shard cannot be read, IndexError for a row outside [0, len).
+        """
+        number, local = self._locate(row)
+        shard, at = self._row(number, local)
+        key = at.key.decode()
+        try:
+            media, meta = _read_parts(shard.fd, at)
+        except OSError as error:
+            raise self._unreadable(number, error) from None
+        if zlib.crc32(meta, zlib.crc32(media)) != at.crc32:
+            file = self._shards[number].file
+            raise SampleError(key, f"its bytes in {file} do not match their checksum")
+        try:
+            if at.meta_kind == JSON_META:
+                return RawSample(key, media, parse_meta(meta))
+            if at.meta_kind == TEXT_META:
+                return RawSample(key, media, parse_text_meta(meta))
+            return RawSample(key, media, {"captions": {}})
+        except ValueError as error:
+            raise SampleError(key, str(error)) from None
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of split {self.name!r}, which has {len(self)}")
+        number = bisect_right(self._ends, row)
+        return number, row - (self._ends[number - 1] if number else 0)
+
+    def _row(self, number: int, local: int) -> tuple[_OpenShard, IndexRow]:
+        shard = self._open.get(number)
+        try:
+            if shard is None:
+                shard = self._open_shard(number)
+                self._open[number] = shard
+                while len(self._open) > _MAX_OPEN_SHARDS:
+                    self._open.popitem(last=False)
+            return shard, shard.row(local)
+        except OSError as error:
+            raise self._unreadable(number, error) from None
+
+    def _open_shard(self, number: int) -> _OpenShard:
+        entry = self._shards[number]
+        index = self._folder / entry.index
+        layout = self._layouts.get(number)
+        if layout is None:
+            content = _read_checked(index, entry.index_sha256)
+            layout = check_index(index, content, shard_size_bytes=entry.size_bytes)
+            if layout.num_rows != entry.num_samples:
+                raise UserError(
+                    f"{index} has {layout.num_rows} rows, dataset.json says {entry.num_samples}"
+                )
+            self._layouts[number] = layout
+        return _OpenShard(self._folder / entry.file, index, layout)
+
+    def _unreadable(self, number: int, error: OSError) -> UserError:
+        path = self._folder / self._shards[number].file
+        return UserError(f"{path} cannot be read: {error.strerror or error}")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened data set; `fingerprint` identifies its bytes wherever they lie."""
+
+    name: str
+    fingerprint: str
+    path: Path
+    splits: Mapping[str, Split]
+    manifest: Manifest
+
+
+def open_dataset(path: str | Path | Sequence[str]) -> Dataset:
+    """Open a data set folder, or plain WebDataset tars (folder, file, brace pattern or list).
+
+    Plain tars have one split, "all".
+    Raises UserError when something is missing, damaged or not of this machine.
+    """
+    if isinstance(path, (str, Path)) and (Path(path) / MANIFEST_NAME).is_file():
+        folder = Path(path).absolute()
+        manifest = read_manifest(folder / MANIFEST_NAME)
+        return _dataset(folder, folder, manifest)
+    tars = expand_sources(path)
+    index_folder, manifest = indexed_manifest(tars)
+    return _dataset(tars[0].parent, index_folder, manifest)
+
+
+def _dataset(path: Path, folder: Path, manifest: Manifest) -> Dataset:
+    for files in manifest.splits.values():
+        for shard in files.shards:
+            _check_size(folder / shard.file, shard)
+    splits = {name: Split(name, folder, files) for name, files in manifest.splits.items()}
+    return Dataset(manifest.name, manifest.fingerprint, path, splits, manifest)
+
+
+def _check_size(path: Path, shard: ShardFile) -> None:
+    try:
+        size_bytes = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"the shard {path} is missing: {error.strerror}") from None
+    if size_bytes != shard.size_bytes:
+        raise UserError(
+            f"the shard {path} is truncated or altered: {size_bytes:,} bytes where dataset.json "
+            f"says {shard.size_bytes:,}. Copy or build the set again."
+        )
+
+
+def _read_checked(path: Path, sha256: str) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"the index {path} is missing: {error.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"the index {path} does not match its checksum. Copy or build it again.")
+    return content
+
+
+def _read_parts(fd: int, row: IndexRow) -> tuple[bytes, bytes]:
+    """Media and meta bytes; one read when they are neighbours, as our shards have them."""
+    gap = row.meta_offset - row.media_offset - row.media_size
+    if 0 <= gap <= _MAX_GAP_BYTES:
+        data = os.pread(fd, row.media_size + gap + row.meta_size, row.media_offset)
+        return data[: row.media_size], data[row.media_size + gap :]
+    media = os.pread(fd, row.media_size, row.media_offset)
+    return media, os.pread(fd, row.meta_size, row.meta_offset)

@@ -1,0 +1,34 @@
+"""Layer normalisation.
+
+Under bf16 autocast the residual stream stays fp32 (parameters and sums are fp32, only matmul inputs
+are cast), so statistics are taken over fp32 inputs, and the result is cast once by the linear that
+reads it. Left out: RMSNorm, which no published CLIP uses.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dim: (..., width) -> (..., width).
+
+    Source: Ba et al. 2016, "Layer Normalization".
+    """
+
+    def __init__(self, width: int, *, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__()
+        self.width = width
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+
+    def init_weights(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.width,), self.weight, self.bias, self.eps)

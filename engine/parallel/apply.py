@@ -1,0 +1,55 @@
+"""The only order in which a model is laid out: PP split -> TP/SP -> EP -> CP -> recompute ->
+compile -> FSDP.
+
+Data parallelism is FSDP2 on the (dp_replicate, dp_shard) mesh in every case: plain replication is
+its corner with one shard, so there is one mechanism and one gradient reduction. Recompute comes
+before compile and both before FSDP, since each must see what the one before it made. The axes
+before recompute join here, each as one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from carillon.engine.models.towers.dual_encoder import DualEncoder
+from carillon.engine.parallel.mesh import DistributedConfig, World
+
+
+def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) -> DualEncoder:
+    """Lay `model` out over the world, in place; returns it."""
+    model.to(world.device)
+    model.set_recompute(config.grad_checkpointing)
+    if config.compile:
+        for block in model.blocks():
+            block.compile(dynamic=True)
+    if world.mesh is not None:
+        mesh = world.mesh["dp_replicate", "dp_shard"]
+        reshard = config.zero_stage == 3
+        for block in _units(model, world):
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+    return model
+
+
+def _units(model: DualEncoder, world: World) -> Iterator[nn.Module]:
+    """Parts that communicate on their own: the blocks, so that they overlap with compute.
+
+    Replicas on CPUs have nothing to overlap with and nothing to free: one exchange of all gradients
+    at the end is quicker there.
+    """
+    if world.device.type == "cpu" and world.degrees.dp_shard == 1:
+        return iter(())
+    return model.blocks()
+
+
+@contextmanager
+def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Reduce gradients over the data axes in backward passes inside, or only add them up
+    locally."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+    yield

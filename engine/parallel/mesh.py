@@ -1,0 +1,158 @@
+"""Mesh axes and degrees: pp, dp_replicate, dp_shard, cp, tp, checked before any device is touched.
+
+Data parallelism runs today; the other axes are laid out and refused above 1 until their mechanisms
+join. `zero_stage` in the PRD's terms maps onto FSDP2: 0 replicates, 1 and 2 shard parameters but
+keep them gathered between forward and backward, 3 frees them again. The mesh is passed in, never
+global.
+Status: runs on CPU with gloo; CUDA with NCCL has not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from carillon.engine.config import UserError, setting
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """`distributed`: how a step is laid out. Degrees never change the result beyond rounding."""
+
+    backend: Literal["auto", "gloo", "nccl"] = setting(
+        "auto", "Collectives: auto is nccl with CUDA, else gloo.", hashed=False
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where tensors live.", hashed=False)
+    zero_stage: Literal[0, 1, 2, 3] = setting(
+        0, "0 replicates; 1 and 2 shard the state; 3 frees gathered weights too.", hashed=False
+    )
+    dp_replicate: int | None = setting(
+        None, "Replicas; none: all processes when zero_stage is 0, else 1.", min=1, hashed=False
+    )
+    dp_shard: int | None = setting(
+        None, "Processes that shard one replica; none: what is left.", min=1, hashed=False
+    )
+    pp: int = setting(1, "Pipeline stages.", min=1, hashed=False)
+    cp: int = setting(1, "Context-parallel processes.", min=1, hashed=False)
+    tp: int = setting(1, "Tensor-parallel processes.", min=1, hashed=False)
+    grad_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass.", hashed=False
+    )
+    precision: Literal["fp32", "bf16"] = setting("bf16", "Arithmetic of the towers' products.")
+    compile: bool = setting(False, "Compile the towers' blocks with torch.compile.")
+    timeout_s: int = setting(1800, "A collective that takes longer fails.", min=10, hashed=False)
+
+    def check(self) -> Iterator[str]:
+        for axis in ("pp", "cp", "tp"):
+            if getattr(self, axis) > 1:
+                yield (
+                    f"{axis}: {getattr(self, axis)} given; this axis comes with the parallel "
+                    f"layouts (after data parallel and FSDP). Set distributed.{axis}=1"
+                )
+        if self.backend == "nccl" and not torch.cuda.is_available():
+            yield "backend: nccl needs a CUDA device and there is none; use auto or gloo"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            yield "device: cuda asked for and there is none; use auto or cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degrees:
+    """Processes along each axis; their product is the world size."""
+
+    pp: int
+    dp_replicate: int
+    dp_shard: int
+    cp: int
+    tp: int
+
+    @property
+    def data(self) -> int:
+        """Processes that hold different samples."""
+        return self.dp_replicate * self.dp_shard
+
+
+def degrees_of(config: DistributedConfig, world_size: int) -> Degrees:
+    """Fill in what the config leaves open. Raises UserError when the product is not the world."""
+    others = config.pp * config.cp * config.tp
+    if world_size % others:
+        raise UserError(f"{world_size} processes do not divide by pp x cp x tp = {others}")
+    data = world_size // others
+    replicate, shard = config.dp_replicate, config.dp_shard
+    if replicate is None and shard is None:
+        replicate, shard = (data, 1) if config.zero_stage == 0 else (1, data)
+    elif replicate is None:
+        replicate = data // shard if shard and data % shard == 0 else 0
+    elif shard is None:
+        shard = data // replicate if data % replicate == 0 else 0
+    if replicate * (shard or 0) != data:
+        raise UserError(
+            f"distributed: dp_replicate={config.dp_replicate} x dp_shard={config.dp_shard} does "
+            f"not make {data} data-parallel processes; leave one out, or use divisors of {data}"
+        )
+    return Degrees(
+        pp=config.pp, dp_replicate=replicate, dp_shard=shard or 1, cp=config.cp, tp=config.tp
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process's place: its device, the mesh (none in one process) and the data group."""
+
+    rank: int
+    size: int
+    device: torch.device
+    degrees: Degrees
+    mesh: DeviceMesh | None
+    data_mesh: DeviceMesh | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """Processes whose samples make one global batch; none in one process."""
+        return self.data_mesh.get_group() if self.data_mesh is not None else None
+
+    @property
+    def data_rank(self) -> int:
+        return int(self.data_mesh.get_local_rank()) if self.data_mesh is not None else 0
+
+
+def start_world(config: DistributedConfig) -> World:
+    """Join the process group that torchrun describes, or stand alone without one."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    degrees = degrees_of(config, size)
+    kind = config.device if config.device != "auto" else _best_device()
+    device = torch.device(kind)
+    if kind == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return World(rank=0, size=1, device=device, degrees=degrees, mesh=None, data_mesh=None)
+    backend = config.backend if config.backend != "auto" else "nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
+    mesh, data_mesh = make_mesh(kind, degrees)
+    return World(
+        rank=rank, size=size, device=device, degrees=degrees, mesh=mesh, data_mesh=data_mesh
+    )
+
+
+def make_mesh(device_type: str, degrees: Degrees) -> tuple[DeviceMesh, DeviceMesh]:
+    """The mesh over all axes, and its data axes flattened into one."""
+    shape = tuple(getattr(degrees, axis) for axis in AXES)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    return mesh, mesh["dp_replicate", "dp_shard"]._flatten("dp")
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

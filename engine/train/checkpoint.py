@@ -1,0 +1,337 @@
+"""Checkpoints: torch.distributed.checkpoint files, asynchronous, whole or absent.
+
+A save stages tensors on the CPU, writes and syncs them in the background under a temporary name,
+adds `state.json` and a manifest of SHA-256, and renames the folder: what bears a final name is
+complete. Reading verifies the manifest before anything is opened, and reads DCP's own metadata, a
+pickle, by an unpickler that knows its few classes and nothing else. Only tensors go through DCP;
+everything else is JSON. At most one save is in flight, so host memory stays bounded by one copy.
+Status: staging from CUDA tensors has not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import threading
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from carillon.engine.config import UserError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the manifest, which holds the SHA-256 of every file."""
+        return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return _read_json(self.path, STATE)
+
+    def verify(self) -> None:
+        """Raises UserError naming the first file that is missing or not what was written."""
+        files = _read_json(self.path, MANIFEST).get("files")
+        if not isinstance(files, dict) or not {STATE, ".metadata"} <= files.keys():
+            raise UserError(_damaged(self.path, MANIFEST, "not a manifest of a checkpoint"))
+        for name, entry in files.items():
+            file = self.path / name
+            if not file.is_file() or file.stat().st_size != entry["size_bytes"]:
+                raise UserError(_damaged(self.path, name, "missing or cut short"))
+            if _sha256(file) != entry["sha256"]:
+                raise UserError(
+                    _damaged(self.path, name, "not what was written (its SHA-256 is another)")
+                )
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads((folder / name).read_bytes())
+    except (OSError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(_damaged(folder, name, "missing or not what was written"))
+    return value
+
+
+def _damaged(path: Path, name: str, why: str) -> str:
+    return (
+        f"checkpoint {path} is damaged: {name} is {why}. "
+        "Move that folder away to go on from the checkpoint before it"
+    )
+
+
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """Complete checkpoints, oldest first."""
+    named = [p for p in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", p.name)]
+    found = [p for p in named if (p / MANIFEST).is_file()]
+    return [Checkpoint(path=p, step=int(p.name.split("-")[1])) for p in sorted(found)]
+
+
+class CheckpointStore:
+    """Saves and finds the checkpoints of one run; the same calls on every rank."""
+
+    def __init__(self, folder: Path, *, keep_last: int, is_main: bool) -> None:
+        self.folder, self.keep_last, self._is_main = folder, keep_last, is_main
+        # Its own group: background collectives must not interleave with the training's.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        _expect_one_process()
+        self._pending: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._kept: set[int] = set()
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            _clear_leftovers(folder)
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Start a save; returns once the tensors are staged.
+
+        Raises UserError when the save before this one failed (a full disk, a read-only folder).
+        """
+        self.wait()
+        temporary = self.folder / f"step-{step:08d}.tmp"
+        if self._is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        writer = FileSystemWriter(temporary, sync_files=True)
+        saving = cast(
+            "Future[Metadata]",
+            async_save(
+                dict(tensors),
+                storage_writer=writer,
+                process_group=self._group,
+                no_dist=self._group is None,
+            ),
+        )
+        self._pending = threading.Thread(
+            target=self._finish, args=(saving, temporary, dict(state)), name="checkpoint"
+        )
+        self._pending.start()
+
+    def wait(self) -> None:
+        """Block until no save is in flight; raises UserError if it failed."""
+        if self._pending is not None:
+            self._pending.join()
+            self._pending = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise UserError(f"checkpoint in {self.folder} was not written: {error}") from error
+
+    def at(self, step: int) -> Checkpoint:
+        return Checkpoint(path=self.folder / f"step-{step:08d}", step=step)
+
+    def protect(self, steps: set[int]) -> None:
+        """Steps that keep-last does not remove (the best ones)."""
+        self._kept = steps
+
+    def _finish(self, saving: Future[Metadata], temporary: Path, state: dict[str, Any]) -> None:
+        try:
+            saving.result()
+            outcome: list[BaseException | None] = [None]
+            if self._is_main:
+                try:
+                    _seal(temporary, state)
+                    self._remove_old()
+                except OSError as error:
+                    outcome = [error]
+            if self._group is not None:
+                dist.broadcast_object_list(outcome, src=0, group=self._group)
+            if outcome[0] is not None:
+                raise outcome[0]
+        except BaseException as error:  # handed to the training thread by wait()
+            self._error = _root_cause(error)
+            if self._is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _remove_old(self) -> None:
+        done = list_checkpoints(self.folder)
+        for checkpoint in done[: -self.keep_last]:
+            if checkpoint.step not in self._kept:
+                # Renamed first: a kill in the middle of the removal leaves no half checkpoint.
+                doomed = checkpoint.path.with_suffix(".tmp")
+                checkpoint.path.rename(doomed)
+                shutil.rmtree(doomed)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what a kill left behind; a whole checkpoint caught in mid-replacement comes back."""
+    for replaced in folder.glob("*.old.tmp"):
+        final = replaced.with_suffix("").with_suffix("")
+        if not final.exists() and (replaced / MANIFEST).is_file():
+            replaced.rename(final)
+    for leftover in folder.glob("*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def _expect_one_process() -> None:
+    """One process is what `carillon train` and every reader are; DCP warns of it each time."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    failures = getattr(error, "failures", None)  # DCP's CheckpointException: rank -> (error, trace)
+    cause: BaseException = next(iter(failures.values()))[0] if failures else error
+    if isinstance(cause, RuntimeError) and "inline_container" in str(cause):
+        # torch.save closing a file that it could not fill; the reason stays in its own process.
+        reason = cause.__context__ if isinstance(cause.__context__, OSError) else None
+        return reason or OSError("a file could not be written whole; is the disk full?")
+    return cause
+
+
+def _seal(temporary: Path, state: dict[str, Any]) -> None:
+    """Add state and manifest, sync everything, give the folder its final name."""
+    write_durably(temporary / STATE, json.dumps(state, indent=2).encode())
+    files = {
+        file.name: {"sha256": _sha256(file), "size_bytes": file.stat().st_size}
+        for file in sorted(temporary.iterdir())
+    }
+    write_durably(temporary / MANIFEST, json.dumps({"files": files}, indent=2).encode())
+    _sync_folder(temporary)
+    final = temporary.with_suffix("")
+    if final.exists():  # the same step again, after a resume from before it
+        # Renamed first: a kill in the middle of the removal leaves no half checkpoint.
+        final.rename(final.with_suffix(".old.tmp"))
+    temporary.rename(final)
+    _sync_folder(final.parent)
+    shutil.rmtree(final.with_suffix(".old.tmp"), ignore_errors=True)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write and fsync a file."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], *, partial: bool) -> None:
+    """Fill `tensors` in place, whatever layout wrote them.
+
+    `partial` allows the checkpoint to hold more (optimizer state when only weights are wanted).
+    Raises UserError when names or shapes are not this model's. Call `verify` first.
+    """
+    _expect_one_process()
+    reader = _CheckedReader(checkpoint.path)
+    _check_same_model(reader.read_metadata(), tensors, checkpoint, partial)
+    try:
+        load_tensors(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
+    except CheckpointException as error:  # a BaseException of DCP's, around any failure to read
+        cause = str(_root_cause(error)).splitlines()[0]
+        raise UserError(f"checkpoint {checkpoint.path} cannot be read: {cause}") from error
+
+
+def _check_same_model(
+    metadata: Metadata, tensors: Mapping[str, Tensor], checkpoint: Checkpoint, partial: bool
+) -> None:
+    stored = {
+        name: entry.size
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    missing = sorted(set(tensors) - set(stored))
+    extra = [] if partial else sorted(set(stored) - set(tensors))
+    wrong = sorted(n for n, t in tensors.items() if n in stored and t.shape != stored[n])
+    problems = [
+        f"{len(names)} {what} (first: {names[0]})"
+        for names, what in ((missing, "missing"), (extra, "unknown"), (wrong, "of another shape"))
+        if names
+    ]
+    if problems:
+        raise UserError(
+            f"checkpoint {checkpoint.path} is of another model: tensors {'; '.join(problems)}. "
+            "Train with the config that wrote it, or start a run of another name"
+        )
+
+
+class _CheckedReader(FileSystemReader):
+    """DCP's reader with its pickled metadata read by an allow-list."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        content = (Path(self.path) / ".metadata").read_bytes()
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+        if not isinstance(metadata, Metadata):
+            raise UserError(f"checkpoint {self.path}: .metadata is not a checkpoint's metadata")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    _NAMES = frozenset(
+        {
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("collections", "OrderedDict"),
+            ("builtins", "set"),
+            ("pathlib", "PosixPath"),  # where it was written; never used
+            ("pathlib._local", "PosixPath"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        is_plain_class = module in self._MODULES and "." not in name
+        if is_dtype or (module, name) in self._NAMES:
+            return super().find_class(module, name)
+        if is_plain_class and name in _METADATA_CLASSES:
+            return super().find_class(module, name)
+        raise UserError(
+            f"checkpoint metadata names {module}.{name}, which no checkpoint of ours does"
+        )
+
+
+_METADATA_CLASSES = frozenset(
+    {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+        "_StorageInfo",
+        "_StoragePrefix",
+    }
+)

@@ -1,0 +1,262 @@
+"""From a config to a finished run: the world, the folder, the parts, the loop, the closing lines.
+
+What can be refused is refused before the process group starts: the config, the layout, the division
+of the batch. Files are made by the main rank; its verdict, good or bad, reaches the others, so one
+problem is one message and every process ends.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from carillon.engine.config import UserError, config_hash, to_values
+from carillon.engine.data.loader import PositionedSamples, TrainingLoader, open_split, open_training
+from carillon.engine.data.tokenizer import Tokenizer, captions_of
+from carillon.engine.eval.report import draw_loss
+from carillon.engine.eval.suite import check_in_training, evaluate_in_training
+from carillon.engine.log import Sink, configure_logging, logger, open_sinks
+from carillon.engine.models.catalog import text_config, vision_config
+from carillon.engine.parallel.apply import apply_layout
+from carillon.engine.parallel.mesh import World, degrees_of, start_world
+from carillon.engine.registry.recorder import RunRecorder
+from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints
+from carillon.engine.train.guard import TrainingStopped
+from carillon.engine.train.run import (
+    RunConfig,
+    RunFolder,
+    describe_run,
+    git_commit,
+    new_model,
+    run_name,
+)
+from carillon.engine.train.stop import StopRequest
+from carillon.engine.train.trainer import Trainer
+
+EXIT_OK, EXIT_USER_ERROR, EXIT_STOPPED = 0, 2, 3
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: a signal asked to stop, the state is saved, start it again
+T = TypeVar("T")
+
+
+def train(config: RunConfig, *, fresh: bool = False) -> int:
+    """Train the run of `config`, from its last checkpoint if there is one; gives an exit code."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    configure_logging(rank)
+    check_layout(config, world_size)
+    # A worker group that torchrun restarts goes on; only its first start is fresh.
+    fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    with StopRequest().listening() as stop:
+        return _train(config, start_world(config.distributed), fresh, stop)
+
+
+def _train(config: RunConfig, world: World, fresh: bool, stop: StopRequest) -> int:
+    try:
+        folder = on_main(world, lambda: RunFolder(config, fresh=fresh), share=False)
+        path = Path(config.logging.output) / run_name(config)
+        try:
+            return _train_in(config, world, path, folder, fresh, stop)
+        finally:
+            if folder is not None:
+                folder.close()
+    except TrainingStopped as reason:
+        if world.is_main:
+            logger.error("stopped: %s", reason)
+        return EXIT_STOPPED
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def check_layout(config: RunConfig, world_size: int) -> None:
+    """Raises UserError when the world cannot hold the config's degrees or batch."""
+    data = degrees_of(config.distributed, world_size).data
+    batch = config.data.batch_size
+    if batch % data:
+        fits = [n for n in range(1, min(batch, 4 * data) + 1) if batch % n == 0]
+        near = ", ".join(map(str, sorted(sorted(fits, key=lambda n: abs(n - data))[:3])))
+        raise UserError(
+            f"data.batch_size: {batch} pairs do not divide over {data} data-parallel processes; "
+            f"use {near} processes, or another batch size"
+        )
+
+
+def on_main(world: World, work: Callable[[], T], *, share: bool = True) -> T | None:
+    """Do `work` on the main rank only; if it fails every rank ends, and one tells why.
+
+    Returns the result on every rank when it is shared, else on the main rank (None elsewhere).
+    """
+    if world.mesh is None:
+        return work()
+    result: T | None = None
+    failure: Exception | None = None
+    if world.is_main:
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    code = 0 if failure is None else EXIT_USER_ERROR if isinstance(failure, UserError) else 1
+    told: list[object] = [result if share else None, code]
+    dist.broadcast_object_list(told, src=0)
+    if failure is not None:
+        raise failure
+    if told[1] != 0:
+        raise SystemExit(told[1])
+    return told[0] if share else result  # type: ignore[return-value]
+
+
+def _train_in(
+    config: RunConfig,
+    world: World,
+    path: Path,
+    folder: RunFolder | None,
+    fresh: bool,
+    stop: StopRequest,
+) -> int:
+    # The main rank goes first: it may have to index plain tars, which the others then find.
+    on_main(world, lambda: open_split(config.data), share=False)
+    on_main(world, lambda: check_in_training(config.evaluation, config.data), share=False)
+    dataset, split = open_training(config.data)
+    tokenizer = _tokenizer(config, world, path)
+
+    def record() -> Checkpoint | None:
+        if folder is not None:
+            facts = describe_run(config, dataset, tokenizer)
+            folder.record(facts)
+        found = list_checkpoints(path / "checkpoints")
+        if found:
+            found[-1].verify()
+        return found[-1] if found else None
+
+    checkpoint = on_main(world, record)
+    vision = vision_config(config.model.vision_backbone, config.model.vision)
+    text = text_config(config.model.text_backbone, config.model.text)
+    samples = PositionedSamples(
+        split,
+        config.data,
+        tokenizer,
+        size=vision.image_size,
+        context=text.context,
+        seed=config.experiment.seed,
+    )
+    loader = TrainingLoader(
+        samples, rank=world.data_rank, world_size=world.degrees.data, device=world.device
+    )
+    model = apply_layout(new_model(config, tokenizer.vocab_size), config.distributed, world)
+    trainer = Trainer(
+        config,
+        world,
+        model=model,
+        loader=loader,
+        path=path,
+        evaluator=_evaluator(config, world, tokenizer),
+        stop=stop,
+    )
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    if trainer.step >= trainer.num_steps:
+        if world.is_main:
+            logger.info("run %s is finished; train it anew with --fresh", path)
+        return EXIT_OK
+
+    def start_record() -> RunRecorder:
+        return RunRecorder.start(
+            config.logging.registry or path.parent / "registry.sqlite",
+            dataset=dataset,
+            name=path.name,
+            config_hash=config_hash(config),
+            params=to_values(config),
+            artifacts_uri=path,
+            git_commit=git_commit(),
+            fresh=fresh,
+        )
+
+    recorder = on_main(world, start_record, share=False)
+    status = "failed"
+    try:
+        finished = _fit(trainer, config, world, path, recorder)
+        status = "finished" if finished else "interrupted"
+    finally:
+        if recorder is not None:
+            recorder.finish(status)
+    return EXIT_OK if finished else EXIT_REQUEUE
+
+
+def _fit(
+    trainer: Trainer, config: RunConfig, world: World, path: Path, recorder: RunRecorder | None
+) -> bool:
+    sinks: list[Sink] = []
+
+    def record_checkpoint(checkpoint: Checkpoint, metrics: Mapping[str, float]) -> None:
+        if recorder is not None:
+            recorder.checkpoint(
+                checkpoint.step,
+                uri=checkpoint.path,
+                content_hash=checkpoint.content_hash,
+                val_metrics=metrics,
+            )
+            recorder.progress(checkpoint.step, metrics)
+
+    if world.is_main:
+        at = f"resumes at step {trainer.step} of" if trainer.step else "trains for"
+        logger.info("run %s %s %d steps on %d process(es)", path, at, trainer.num_steps, world.size)
+        sinks = open_sinks(config.logging, path, trainer.step, to_values(config))
+    finished = trainer.fit(sinks, on_checkpoint=record_checkpoint)
+    if world.is_main:
+        _draw_loss(path)
+        if finished:
+            logger.info("run %s is done; score it with: carillon eval run %s", path, path)
+        else:
+            logger.info("stopped at step %d, saved; the same command resumes it", trainer.step)
+    return finished
+
+
+def _draw_loss(path: Path) -> None:
+    """A picture is worth no exit code: what keeps it from being drawn is only told."""
+    try:
+        draw_loss(path / "metrics.jsonl", path / "loss.png")
+    except (UserError, OSError) as error:
+        logger.warning("loss.png was not drawn: %s", error)
+
+
+def _tokenizer(config: RunConfig, world: World, path: Path) -> Tokenizer:
+    """The run's own copy, from the config's file or trained on the training captions."""
+
+    def prepare() -> None:
+        own, wanted = path / "tokenizer.json", config.data.tokenizer
+        if own.is_file():
+            return
+        if wanted.path is not None:
+            tokenizer = Tokenizer.load(wanted.path)
+        else:
+            logger.info("training a tokenizer of %d entries on the captions", wanted.vocab_size)
+            captions = captions_of(
+                open_split(config.data), wanted.max_captions, config.data.filters.lang_allow
+            )
+            tokenizer = Tokenizer.train(captions, vocab_size=wanted.vocab_size)
+        temporary = own.with_suffix(".tmp")
+        tokenizer.save(temporary)
+        temporary.replace(own)
+
+    on_main(world, prepare, share=False)
+    return Tokenizer.load(path / "tokenizer.json")
+
+
+def _evaluator(
+    config: RunConfig, world: World, tokenizer: Tokenizer
+) -> Callable[[int, Mapping[str, Tensor]], dict[str, float]]:
+    """Scores whole weights on the main rank; the others go on and wait at the next collective."""
+
+    def score(step: int, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        if not world.is_main:
+            return {}
+        model = new_model(config, tokenizer.vocab_size).to(world.device)
+        model.load_state_dict(dict(weights))
+        bf16 = config.distributed.precision == "bf16"
+        return evaluate_in_training(model, tokenizer, config.evaluation, config.data, bf16=bf16)
+
+    return score

@@ -1,0 +1,328 @@
+"""A run on disk: its config, its name, its folder, and how it is opened again.
+
+runs/<name>-<first 8 of the config hash>/ holds config.yaml (resolved), run.json (hashes, commit,
+versions, data fingerprint, seeds), tokenizer.json, metrics.jsonl, checkpoints/ and pictures. The
+name follows from the config, so the same YAML finds its run again and resumes it; `fresh` moves the
+old folder aside. A lock keeps two launches out of one folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from carillon.engine.config import (
+    UserError,
+    build,
+    config_hash,
+    load,
+    read_values,
+    section,
+    setting,
+    to_yaml,
+)
+from carillon.engine.data.loader import DataConfig
+from carillon.engine.data.shards import Dataset
+from carillon.engine.data.tokenizer import Tokenizer
+from carillon.engine.eval.suite import EvaluationConfig
+from carillon.engine.log import LoggingConfig
+from carillon.engine.losses.contrastive import LossConfig
+from carillon.engine.models.catalog import text_config
+from carillon.engine.models.towers.dual_encoder import (
+    DualEncoder,
+    DualEncoderConfig,
+    build_dual_encoder,
+)
+from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.train.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    read_tensors,
+    write_durably,
+)
+from carillon.engine.train.optim import OptimizationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """`experiment`."""
+
+    name: str = setting("experiment", "Begins the name of the run folder.")
+    seed: int = setting(
+        1337, "Seeds weights, order, captions and augmentation.", min=0, max=2**63 - 1
+    )
+
+    def check(self) -> Iterator[str]:
+        allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+        if not self.name or self.name[0] in ".-" or set(self.name) - allowed:
+            yield f"name: {self.name!r} given; letters, digits, '.', '_' and '-' are allowed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardMiningConfig:
+    """`negatives.hard_mining`."""
+
+    enabled: bool = setting(False, "Mine hard negatives with the current checkpoint.")
+    refresh_steps: int = setting(20_000, "Steps between two minings.", min=1)
+    k: int = setting(50, "Neighbours taken of each query.", min=1)
+
+    def check(self) -> Iterator[str]:
+        if self.enabled:
+            yield (
+                "enabled: true given; hard-negative mining comes with the retrieval side (index "
+                "and mining). Set negatives.hard_mining.enabled=false until then"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegativesConfig:
+    """`negatives`: what a pair is contrasted with."""
+
+    in_batch: bool = setting(True, "The other pairs of the global batch.")
+    hard_mining: HardMiningConfig = section(HardMiningConfig)
+
+    def check(self) -> Iterator[str]:
+        if not self.in_batch:
+            yield "in_batch: false leaves no negatives while hard mining is off; set it to true"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole training config: the root of every recipe."""
+
+    experiment: ExperimentConfig = section(ExperimentConfig)
+    data: DataConfig = section(DataConfig)
+    model: DualEncoderConfig = section(DualEncoderConfig)
+    loss: LossConfig = section(LossConfig)
+    optimization: OptimizationConfig = section(OptimizationConfig)
+    distributed: DistributedConfig = section(DistributedConfig)
+    negatives: NegativesConfig = section(NegativesConfig)
+    evaluation: EvaluationConfig = section(EvaluationConfig)
+    logging: LoggingConfig = section(LoggingConfig, hashed=False)
+
+    def check(self) -> Iterator[str]:
+        try:
+            context = text_config(self.model.text_backbone, self.model.text).context
+        except UserError:  # an unknown backbone, which the model section reports
+            return
+        asked = self.data.augment.text.max_len
+        if asked is not None and asked > context:
+            yield (
+                f"data.augment.text.max_len: {asked} is more than the text model's context "
+                f"({context}); raise model.text.context to it, or lower max_len"
+            )
+
+
+def run_name(config: RunConfig) -> str:
+    return f"{config.experiment.name}-{config_hash(config)[:8]}"
+
+
+def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
+    return load(path, overrides, RunConfig)
+
+
+def new_model(config: RunConfig, vocab_size: int) -> DualEncoder:
+    """The model of a config, weights drawn from its seed."""
+    sigmoid = config.loss.itc.kind == "sigmoid"
+    return build_dual_encoder(
+        config.model,
+        vocab_size=vocab_size,
+        init_logit_scale=-math.log(config.loss.itc.temperature),
+        init_bias=config.loss.itc.bias if sigmoid else None,
+        generator=torch.Generator().manual_seed(config.experiment.seed),
+    )
+
+
+class RunFolder:
+    """The folder of a run that is being trained; held locked until `close`."""
+
+    def __init__(self, config: RunConfig, *, fresh: bool) -> None:
+        self.config = config
+        self.path = Path(config.logging.output) / run_name(config)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = self._acquire(self.path.parent / f".{self.path.name}.lock")
+            if fresh and self.path.exists():
+                self.path.rename(self.path.with_name(f"{self.path.name}.{time.time_ns()}.old"))
+            self.path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run folder {self.path} cannot be made: {error.strerror}; "
+                "set logging.output to a folder that you can write"
+            ) from None
+
+    def _acquire(self, path: Path) -> IO[str]:
+        lock = path.open("w")
+        try:
+            # Not flock: forked loader workers would hold it on after this process is killed.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise UserError(
+                f"run {self.path} is being trained by another process; wait for it, or give this "
+                "one another experiment.name"
+            ) from None
+        return lock
+
+    def record(self, facts: dict[str, Any]) -> None:
+        """Write config.yaml and run.json, or check that an earlier start used the same data.
+
+        Raises UserError when the run exists with another data set or tokenizer.
+        """
+        file = self.path / "run.json"
+        if file.is_file():
+            before = _read_facts(file)
+            for what, name in (("data", "data set"), ("tokenizer", "tokenizer")):
+                then, now = before[f"{what}_fingerprint"], facts[f"{what}_fingerprint"]
+                if then != now:
+                    raise UserError(
+                        f"run {self.path} was trained with another {name} (fingerprint "
+                        f"{then[:12]}, now {now[:12]}); restore it, or start anew with --fresh"
+                    )
+            return
+        write_durably(self.path / "config.yaml", to_yaml(self.config).encode())
+        write_durably(file, (json.dumps(facts, indent=2) + "\n").encode())
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def _read_facts(file: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(file.read_bytes())
+        return {name: str(facts[name]) for name in ("data_fingerprint", "tokenizer_fingerprint")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{file} is damaged: it is not what a run writes; start anew with --fresh"
+        ) from None
+
+
+def describe_run(config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What run.json holds beside the config."""
+    return {
+        "config_hash": config_hash(config),
+        "seed": config.experiment.seed,
+        "data_name": dataset.name,
+        "data_fingerprint": dataset.fingerprint,
+        "data_path": str(dataset.path),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: package_version(name) for name in _PACKAGES},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+_PACKAGES = ("carillon-engine", "torch", "numpy", "pillow", "tokenizers", "safetensors")
+
+
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that the package runs from, with + when it has changes; else None."""
+    folder = Path(__file__).resolve().parent
+    try:
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)  # not another's checkout
+        head = _git(folder, "rev-parse", "HEAD")
+        return head + ("+" if _git(folder, "status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A trained model and what it needs, ready for inference."""
+
+    config: RunConfig
+    model: DualEncoder
+    tokenizer: Tokenizer
+    path: Path
+    step: int
+    checkpoint_hash: str
+
+
+def find_run(run: str | Path) -> Path:
+    """The folder of a run given by path or by name under runs/."""
+    for candidate in (Path(run), Path("runs") / run):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    known = sorted(p.parent.name for p in Path("runs").glob("*/config.yaml"))
+    names = f"; runs/ has {', '.join(known[:8])}" if known else ""
+    raise UserError(f"{run} is no run (no config.yaml there or under runs/){names}")
+
+
+def find_checkpoint(path: Path, which: str) -> Checkpoint:
+    """`latest`, `best` or a step number among a run's complete checkpoints."""
+    found = list_checkpoints(path / "checkpoints")
+    if not found:
+        raise UserError(f"run {path} has no complete checkpoint yet")
+    if which == "latest":
+        return found[-1]
+    if which == "best":
+        scored = [c for c in found if c.state.get("metric") is not None]
+        return max(scored, key=lambda c: (c.state["metric"], -c.step)) if scored else found[-1]
+    for checkpoint in found:
+        if which.isdecimal() and checkpoint.step == int(which):
+            return checkpoint
+    steps = ", ".join(str(c.step) for c in found)
+    raise UserError(f"checkpoint {which!r}: give latest, best or one of the steps {steps}")
+
+
+_TRACKERS = ("wandb", "mlflow")
+
+
+def read_config(path: Path) -> RunConfig:
+    """The config of a run on disk, less what bound it to the machine that trained it."""
+    values = read_values(path / "config.yaml")
+    for name, portable in (("distributed", ("backend", "device")), ("logging", _TRACKERS)):
+        section_values = values.get(name)
+        if isinstance(section_values, dict):
+            for key in portable:
+                section_values.pop(key, None)
+    return build(RunConfig, values, source=str(path / "config.yaml"))
+
+
+def load_run(run: str | Path, *, checkpoint: str = "latest") -> LoadedRun:
+    """Open a run for inference: the averaged weights when it kept an average, in eval mode.
+
+    Raises UserError for a path that is no run, a missing or damaged checkpoint.
+    """
+    path = find_run(run)
+    config = read_config(path)
+    found = find_checkpoint(path, checkpoint)
+    found.verify()
+    tokenizer = Tokenizer.load(path / "tokenizer.json")
+    model = new_model(config, tokenizer.vocab_size)
+    prefix = "model" if config.optimization.ema_decay is None else "average"
+    weights: dict[str, Tensor] = {f"{prefix}.{n}": p for n, p in model.named_parameters()}
+    read_tensors(found, {name: value.detach() for name, value in weights.items()}, partial=True)
+    return LoadedRun(
+        config=config,
+        model=model.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        path=path,
+        step=found.step,
+        checkpoint_hash=found.content_hash,
+    )

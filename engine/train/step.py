@@ -1,0 +1,96 @@
+"""Forward and backward of one global batch, whole or by cached gradients.
+
+The contrastive loss couples all pairs, so plain gradient accumulation would change it. With more
+than one microbatch, features are computed first without a graph; the loss of the whole batch gives
+their gradients; a second pass per microbatch back-propagates those (Gao et al. 2021, "Scaling Deep
+Contrastive Learning Batch Size", GradCache). It costs one more forward pass and gives the loss and
+gradients of the whole batch, in the memory of one microbatch plus the features. Left out: dropout.
+The second pass must repeat the first, so a tower with dropout has to replay its random state here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from carillon.engine.data.loader import Batch
+from carillon.engine.data.transforms import normalize
+from carillon.engine.models.towers.dual_encoder import DualEncoder, DualFeatures
+from carillon.engine.parallel.apply import gradient_sync
+
+Objective = Callable[[DualFeatures, dist.ProcessGroup | None], Tensor]
+Autocast = Callable[[], AbstractContextManager[None]]
+
+
+def forward_backward(
+    model: DualEncoder,
+    objective: Objective,
+    microbatches: list[Batch],
+    *,
+    group: dist.ProcessGroup | None,
+    autocast: Autocast,
+) -> Tensor:
+    """Add the gradients of this process's batch; returns its loss, a detached scalar.
+
+    The mean of the losses over the data ranks is the loss of the global batch.
+    """
+    if len(microbatches) == 1:
+        loss = objective(_features(model, microbatches[0], autocast), group)
+        torch.autograd.backward(loss)
+        return loss.detach()
+    return _cached_gradients(model, objective, microbatches, group, autocast)
+
+
+def _cached_gradients(
+    model: DualEncoder,
+    objective: Objective,
+    microbatches: list[Batch],
+    group: dist.ProcessGroup | None,
+    autocast: Autocast,
+) -> Tensor:
+    with torch.no_grad():
+        parts = [_features(model, batch, autocast) for batch in microbatches]
+    leaves = DualFeatures(
+        image=_leaf(torch.cat([part.image for part in parts])),
+        text=_leaf(torch.cat([part.text for part in parts])),
+        scale=_leaf(parts[0].scale),
+        bias=_leaf(parts[0].bias) if parts[0].bias is not None else None,
+    )
+    loss = objective(leaves, group)
+    torch.autograd.backward(loss)
+    sizes = [len(batch.keys) for batch in microbatches]
+    image_grads = torch.split(_grad(leaves.image), sizes)
+    text_grads = torch.split(_grad(leaves.text), sizes)
+    last = len(microbatches) - 1
+    for i, batch in enumerate(microbatches):
+        with gradient_sync(model, enabled=i == last):
+            features = _features(model, batch, autocast)
+            outputs, grads = [features.image, features.text], [image_grads[i], text_grads[i]]
+            if i == last:  # scale and bias enter the loss once
+                for output, leaf in ((features.scale, leaves.scale), (features.bias, leaves.bias)):
+                    if output is not None and leaf is not None:
+                        outputs.append(output)
+                        grads.append(_grad(leaf))
+            torch.autograd.backward(outputs, grads)
+    return loss.detach()
+
+
+def _features(model: DualEncoder, batch: Batch, autocast: Autocast) -> DualFeatures:
+    images = normalize(batch.images)
+    with autocast():
+        features: DualFeatures = model(images, batch.tokens, batch.lengths)
+    return features
+
+
+def _leaf(value: Tensor) -> Tensor:
+    return value.detach().requires_grad_()
+
+
+def _grad(leaf: Tensor) -> Tensor:
+    if leaf.grad is None:
+        raise RuntimeError("the loss does not depend on a feature that it was given")
+    return leaf.grad

@@ -1,0 +1,36 @@
+"""A wish to stop, told by a signal: save, leave, and be started again.
+
+SIGTERM (Slurm's end of time, a preemption), SIGUSR1 (Slurm's warning before it) and the first
+Ctrl-C only set a flag, from the start of the command on; the training loop acts on it after its
+step. A second Ctrl-C interrupts at once.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_KINDS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Whether this process was asked to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Take the signals inside; give them back to who had them after."""
+        before = {kind: signal.signal(kind, self._ask) for kind in _KINDS}
+        try:
+            yield self
+        finally:
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,330 @@
+"""The training loop: data -> features -> loss -> gradients -> step, with everything that surrounds
+it.
+
+Order of one step: batch, forward and backward, clip, judge, optimizer, average, log, evaluate,
+save. One small reduction a step carries the loss and the wish to stop, so all ranks decide alike.
+Random numbers are keyed by step, position and seed, never by what ran before, so a checkpoint needs
+no generator state and a resumed run repeats the unbroken one. Left out: anything a recipe can
+express by config; there are no callbacks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from carillon.engine.config import UserError, config_hash
+from carillon.engine.data.loader import Batch, TrainingLoader
+from carillon.engine.data.order import stable_hash
+from carillon.engine.log import Progress, Sink, cut_jsonl, logger
+from carillon.engine.losses.contrastive import ContrastiveObjective
+from carillon.engine.models.towers.dual_encoder import DualEncoder
+from carillon.engine.parallel.collectives import sum_over
+from carillon.engine.parallel.mesh import World
+from carillon.engine.train.checkpoint import Checkpoint, CheckpointStore, read_tensors
+from carillon.engine.train.guard import StepGuard, TrainingStopped
+from carillon.engine.train.optim import NamedAdamW, WeightAverage, learning_rate
+from carillon.engine.train.profile import Throughput, peak_flops
+from carillon.engine.train.run import RunConfig
+from carillon.engine.train.step import forward_backward
+from carillon.engine.train.stop import StopRequest
+
+# Called on every rank with the step and the whole weights; returns metrics on the main rank.
+Evaluator = Callable[[int, Mapping[str, Tensor]], dict[str, float]]
+# Called on the main rank once a checkpoint is complete, with the numbers of its step.
+OnCheckpoint = Callable[[Checkpoint, Mapping[str, float]], None]
+
+
+class Trainer:
+    """Owns the state of a run: model, optimizer, average, loader position and guard."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        *,
+        model: DualEncoder,
+        loader: TrainingLoader,
+        path: Path,
+        evaluator: Evaluator,
+        stop: StopRequest,
+    ) -> None:
+        self.config, self.world, self.path = config, world, path
+        self.model, self.loader = model, loader
+        self._sinks: list[Sink] = []
+        self._evaluator, self._stop = evaluator, stop
+        self._on_checkpoint: OnCheckpoint | None = None
+        optimization = config.optimization
+        self.optimizer = NamedAdamW(model, optimization, model.no_decay_names())
+        decay = optimization.ema_decay
+        self.average = WeightAverage(model, decay) if decay is not None else None
+        self.objective = ContrastiveObjective(config.loss.itc)
+        self.guard = StepGuard(optimization.guard)
+        self.store = CheckpointStore(
+            path / "checkpoints",
+            keep_last=config.logging.keep_last,
+            is_main=world.is_main,
+        )
+        num_samples = loader.samples.held_out.num_training
+        self.num_steps = optimization.num_steps(num_samples, config.data.batch_size)
+        self.step = 0
+        self.best: dict[int, float] = {}
+        self._metric: float | None = None
+        self._in_flight: int | None = None
+        self._written: dict[str, float] = {}  # the newest of every metric
+        self._latest: dict[str, float] = {}  # as they stood at the save in flight
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Take everything from a verified checkpoint, whatever layout wrote it."""
+        read_tensors(checkpoint, self._tensors(), partial=False)
+        state = checkpoint.state
+        self.step = int(state["step"])
+        counts = {} if self.world.is_main else {"num_read": 0, "num_bad": 0}
+        self.loader.load_state_dict(state["loader"] | counts)
+        self.guard.load_state_dict(state["guard"])
+        self.best = {int(step): float(metric) for step, metric in state["best"].items()}
+        self.store.protect(set(self.best))
+
+    def fit(self, sinks: list[Sink], on_checkpoint: OnCheckpoint) -> bool:
+        """Train to the end; False when a signal asked to stop and the state was saved instead."""
+        self._sinks, self._on_checkpoint = sinks, on_checkpoint
+        if self.world.is_main:  # also at step 0: a kill before the first checkpoint leaves lines
+            for name in ("sample_keys.jsonl", "skipped_steps.jsonl"):
+                cut_jsonl(self.path / name, self.step)
+        progress = Progress(self.num_steps, self.step) if self.world.is_main else None
+        meter = Throughput(self._peak(), self.world.size) if self.world.is_main else None
+        # Workers ignore SIGTERM, so any that an error left behind would hang the process's exit.
+        with closing(iter(self.loader)) as batches:
+            try:
+                self._loop(batches, progress, meter)
+                self._settle_save()
+            except (TrainingStopped, UserError, OSError):
+                self._settle_save()  # a save in flight is good, and needs the process group
+                raise
+            finally:
+                if progress is not None:
+                    progress.close()
+                for sink in self._sinks:
+                    sink.close()
+        return self.step >= self.num_steps
+
+    def _loop(
+        self, batches: Iterator[Batch], progress: Progress | None, meter: Throughput | None
+    ) -> None:
+        started, first, stop = time.monotonic(), self.step, False
+        while self.step < self.num_steps and not stop:
+            self._metric = None  # of the step before, whose weights these no longer are
+            waiting = time.perf_counter()
+            batch = self._next(batches)
+            waited_s = time.perf_counter() - waiting
+            values, stop = self._train_step(batch)
+            self.step += 1
+            if meter is not None and progress is not None:
+                pairs = self.config.data.batch_size
+                meter.add(pairs=pairs, flops=self._flops(batch), waited_s=waited_s)
+                shown = values | meter.rates() if self._due_log() else None
+                if shown is not None:
+                    self._write(shown)
+                speed_s = (time.monotonic() - started) / (self.step - first)
+                progress.update(self.step, shown, speed_s * (self.num_steps - self.step))
+            aside = time.perf_counter()
+            if not stop:
+                self._evaluate_if_due()
+            if stop or self._due_save():
+                self._save()
+            if meter is not None:
+                meter.exclude(time.perf_counter() - aside)
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        try:
+            return next(batches)
+        except UserError as error:
+            if not self.world.is_main:  # this rank's alone, perhaps: no other would tell of it
+                logger.error("%s", error)
+            raise
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.num_steps
+
+    def _due_save(self) -> bool:
+        """Not while steps are being skipped: the weights may be what makes them bad."""
+        due = self._due(self.config.logging.checkpoint_interval_steps)
+        return due and (not self.guard.is_skipping or self.step == self.num_steps)
+
+    def _due_log(self) -> bool:
+        return self._due(self.config.logging.interval_steps)
+
+    def _flops(self, batch: Batch) -> float:
+        """Of one global step: forward once and backward twice that, at the real mean length."""
+        length = round(float(batch.lengths.float().mean()))
+        forward = self.model.flops_per_sample(batch.images.shape[1], length)
+        return 3.0 * forward * self.config.data.batch_size
+
+    def _peak(self) -> float:
+        bf16 = self.config.distributed.precision == "bf16"
+        return peak_flops(self.world.device, torch.bfloat16 if bf16 else torch.float32)
+
+    def _train_step(self, batch: Batch) -> tuple[dict[str, float], bool]:
+        self._report_batch(batch)
+        torch.manual_seed(stable_hash(self.config.experiment.seed, "step", self.step))
+        local = batch.to(self.world.device)
+        size = self.config.data.micro_batch_size or len(batch.keys)
+        loss = forward_backward(
+            self.model,
+            self.objective,
+            local.microbatches(size),
+            group=self.world.data_group,
+            autocast=self._autocast,
+        )
+        norm = self._clip()
+        mean_loss, stop, num_bad, num_read = self._reduce(loss)
+        rate = learning_rate(self.config.optimization, self.step, self.num_steps)
+        verdict = self.guard.judge(mean_loss, norm)
+        if verdict.skip:
+            self._report_skip(batch, verdict.reason)
+        else:
+            if verdict.reason and self.world.is_main:
+                logger.warning("step %d: %s", self.step + 1, verdict.reason)
+            self.optimizer.step(rate)
+            self.model.clamp_scale_()
+            if self.average is not None:
+                self.average.update(self.model)
+        self.optimizer.zero_grad()
+        self.guard.check()
+        self.loader.check_bad_share(num_bad, num_read)
+        values = {"loss": mean_loss, "lr": rate, "grad_norm": norm, "skipped": float(verdict.skip)}
+        epoch = self.loader.position / self.loader.samples.held_out.num_training
+        return values | {"epoch": epoch, "bad_samples": float(num_bad)}, stop
+
+    def _clip(self) -> float:
+        limit = self.config.optimization.clip_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _reduce(self, loss: Tensor) -> tuple[float, bool, int, int]:
+        """Mean loss, whether any rank was asked to stop, bad and read samples of all ranks."""
+        values = torch.tensor(
+            [
+                float(loss),
+                float(self._stop.asked),
+                self.loader.num_bad,
+                self.loader.num_read,
+            ],
+            dtype=torch.float64,
+            device=self.world.device,
+        )
+        total = sum_over(values, self.world.data_group).tolist()
+        return total[0] / self.world.degrees.data, total[1] > 0, int(total[2]), int(total[3])
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self.config.distributed.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
+
+    def _report_batch(self, batch: Batch) -> None:
+        for key, reason in batch.bad:
+            logger.warning("step %d: bad sample %s replaced: %s", self.step + 1, key, reason)
+        if self.config.logging.sample_keys:
+            keys = self._gather(batch.keys)
+            if self.world.is_main:
+                line = {"step": self.step + 1, "keys": [key for part in keys for key in part]}
+                with (self.path / "sample_keys.jsonl").open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+
+    def _report_skip(self, batch: Batch, reason: str | None) -> None:
+        keys = [key for part in self._gather(batch.keys) for key in part]
+        if not self.world.is_main:
+            return
+        line = {"step": self.step + 1, "reason": reason, "keys": keys}
+        with (self.path / "skipped_steps.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        some = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+        logger.warning("step %d skipped: %s; its samples: %s", self.step + 1, reason, some)
+
+    def _gather(self, keys: list[str]) -> list[list[str]]:
+        group = self.world.data_group
+        if group is None:
+            return [keys]
+        parts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, keys, group=group)
+        return parts
+
+    def _write(self, values: Mapping[str, float]) -> None:
+        self._written = self._written | dict(values)
+        for sink in self._sinks:
+            sink.write(self.step, values)
+
+    def _evaluate_if_due(self) -> None:
+        every = self.config.evaluation.in_training.every
+        if not every or not self._due(every):
+            return
+        metrics = self._evaluator(self.step, self._weights())
+        self._metric = metrics.get("retrieval/mean_r@10")
+        if self.world.is_main and metrics:
+            self._write(metrics)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Whole plain tensors of what is evaluated: the average when one is kept."""
+        source: Mapping[str, Tensor] = dict(self.model.named_parameters())
+        if self.average is not None:
+            source = self.average.tensors
+        return {
+            name: value.full_tensor() if isinstance(value, DTensor) else value.detach()
+            for name, value in source.items()
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}
+        moments = self.optimizer.state_tensors()
+        tensors |= {f"optimizer.{name}": value for name, value in moments.items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.tensors.items()}
+        return tensors
+
+    def _save(self) -> None:
+        self._settle_save()
+        self._rank_best()
+        state = {
+            "step": self.step,
+            "metric": self._metric,
+            "best": {str(step): metric for step, metric in self.best.items()},
+            "loader": self._loader_state(),
+            "guard": self.guard.state_dict(),
+            "config_hash": config_hash(self.config),
+            "world_size": self.world.size,
+        }
+        self.store.save(self.step, self._tensors(), state)
+        self._in_flight, self._latest = self.step, self._written
+
+    def _settle_save(self) -> None:
+        """Wait for the save in flight and announce it."""
+        step, self._in_flight = self._in_flight, None
+        self.store.wait()
+        if step is not None and self.world.is_main:
+            assert self._on_checkpoint is not None
+            self._on_checkpoint(self.store.at(step), self._latest)
+
+    def _rank_best(self) -> None:
+        keep = self.config.logging.keep_best
+        if self._metric is not None and keep:
+            self.best[self.step] = self._metric
+            ranked = sorted(self.best, key=lambda step: (-self.best[step], step))
+            self.best = {step: self.best[step] for step in ranked[:keep]}
+        self.store.protect(set(self.best))
+
+    def _loader_state(self) -> dict[str, int]:
+        """The position, and the counts of all ranks: the next run may have other ranks."""
+        state = self.loader.state_dict()
+        counts = torch.tensor([state["num_read"], state["num_bad"]], device=self.world.device)
+        read, bad = sum_over(counts, self.world.data_group).tolist()
+        return {"position": state["position"], "num_read": read, "num_bad": bad}

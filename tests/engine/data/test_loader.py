@@ -1,0 +1,198 @@
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from carillon.engine.config import UserError, build
+from carillon.engine.data.loader import (
+    Batch,
+    DataConfig,
+    PositionedSamples,
+    TrainingLoader,
+    open_split,
+)
+from carillon.engine.data.shards import ShardWriter, open_dataset
+from carillon.engine.data.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.train(["red green blue dog cat"], vocab_size=300)
+CPU = torch.device("cpu")
+
+
+def png(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((20, 20, 3), value, dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_set(path: Path, num: int = 37, bad: set[int] = frozenset()) -> Path:  # type: ignore[assignment]
+    with ShardWriter(path, name="set", source={}) as writer:
+        for i in range(num):
+            media = b"not a picture" if i in bad else png(i)
+            captions = {"en": [f"dog {i}", f"cat {i}"], "fr": [f"chien {i}"]}
+            writer.write(f"key{i:03d}", media, "png", {"captions": captions})
+    return path
+
+
+def samples(path: Path, **changes: Any) -> PositionedSamples:
+    values = {"path": str(path), "batch_size": 8, "num_workers": 0, **changes}
+    config = build(DataConfig, values)
+    return PositionedSamples(open_split(config), config, TOKENIZER, size=16, context=16, seed=11)
+
+
+def batches(parts: PositionedSamples, num: int, rank: int = 0, world: int = 1) -> list[Batch]:
+    loader = TrainingLoader(parts, rank=rank, world_size=world, device=CPU)
+    return [batch for batch, _ in zip(loader, range(num), strict=False)]
+
+
+def test_batches_are_the_same_at_any_world_size_and_worker_count(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "set")
+    whole = batches(samples(path), 7)  # past the end of an epoch
+    for world, workers in ((1, 2), (2, 0), (4, 0)):
+        parts = [
+            batches(samples(path, num_workers=workers), 7, rank, world) for rank in range(world)
+        ]
+        for step, batch in enumerate(whole):
+            shares = [part[step] for part in parts]
+            assert [key for share in shares for key in share.keys] == batch.keys
+            assert torch.equal(torch.cat([share.images for share in shares]), batch.images)
+            assert torch.equal(torch.cat([share.lengths for share in shares]), batch.lengths)
+
+
+def test_every_sample_comes_once_an_epoch(tmp_path: Path) -> None:
+    parts = samples(write_set(tmp_path / "set", num=40))
+    keys = [key for batch in batches(parts, 10) for key in batch.keys]
+    assert set(Counter(keys).values()) == {2}
+    assert keys[:40] != keys[40:]
+
+
+def test_resume_continues_the_stream(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "set")
+    whole = batches(samples(path), 6)
+    loader = TrainingLoader(samples(path), rank=0, world_size=1, device=CPU)
+    for _ in zip(loader, range(3), strict=False):
+        pass
+    state = loader.state_dict()
+    # zip draws one batch more than it yields when the range ends first; the state counts it.
+    assert state["position"] == 32
+    resumed = TrainingLoader(samples(path), rank=0, world_size=1, device=CPU)
+    resumed.load_state_dict(state)
+    after = [batch for batch, _ in zip(resumed, range(2), strict=False)]
+    assert [batch.keys for batch in after] == [batch.keys for batch in whole[4:6]]
+    assert torch.equal(after[0].images, whole[4].images)
+
+
+def test_bad_samples_are_replaced_named_and_counted(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "set", bad={3, 20})
+    loader = TrainingLoader(samples(path), rank=0, world_size=1, device=CPU)
+    found: list[tuple[str, str]] = []
+    keys: list[str] = []
+    for batch, _ in zip(loader, range(5), strict=False):
+        found += batch.bad
+        keys += batch.keys
+    assert {key for key, _ in found} == {"key003", "key020"}
+    assert all("picture" in reason or "format" in reason for _, reason in found), found
+    assert not {"key003", "key020"} & set(keys)
+    assert loader.num_bad == len(found)
+    shares = [batches(samples(path), 5, rank, 2) for rank in range(2)]
+    again = [key for step in range(5) for rank in range(2) for key in shares[rank][step].keys]
+    assert again == keys  # stand-ins too are drawn by position
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "set", bad={1})
+    loader = TrainingLoader(samples(path), rank=0, world_size=1, device=CPU)
+    loader.check_bad_share(num_bad=5, num_read=100)  # too early to judge
+    loader.check_bad_share(num_bad=2, num_read=400)
+    with pytest.raises(UserError, match=r"5 of 405 samples read are bad, more than .*0\.01"):
+        loader.check_bad_share(num_bad=5, num_read=400)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_set_of_garbage_ends_with_one_message(tmp_path: Path, workers: int) -> None:
+    path = write_set(tmp_path / "set", num=30, bad=set(range(30)))
+    with pytest.raises(UserError, match=r"^20 samples in a row are bad"):
+        batches(samples(path, num_workers=workers), 1)
+
+
+def test_captions_follow_the_stated_rule(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "set", num=10)
+    languages = Counter(
+        language for batch in batches(samples(path), 50) for language in batch.languages
+    )
+    assert abs(languages["en"] - 200) < 60  # a fair coin over 400 draws: 6 deviations
+    only = batches(samples(path, filters={"lang_allow": ["fr"]}), 3)
+    assert {language for batch in only for language in batch.languages} == {"fr"}
+    weighted = Counter(
+        language
+        for batch in batches(samples(path, language_weights={"fr": 3.0}), 50)
+        for language in batch.languages
+    )
+    assert abs(weighted["fr"] - 300) < 55
+    texts = {TOKENIZER.decode(ids) for batch in batches(samples(path), 30) for ids in batch.tokens}
+    assert {"dog 3", "cat 3", "chien 3"} <= {text.strip() for text in texts}
+
+
+def test_no_caption_in_an_allowed_language_makes_a_sample_bad(tmp_path: Path) -> None:
+    parts = samples(write_set(tmp_path / "set", num=30), filters={"lang_allow": ["sw"]})
+    with pytest.raises(UserError, match="no caption in sw"):
+        batches(parts, 1)
+
+
+def test_held_out_rows_are_never_trained_on(tmp_path: Path) -> None:
+    parts = samples(write_set(tmp_path / "set", num=40), validation_every=10)
+    keys = {key for batch in batches(parts, 20) for key in batch.keys}
+    assert keys == {f"key{i:03d}" for i in range(40) if i % 10 != 9}
+
+
+def test_microbatches_are_consecutive_parts(tmp_path: Path) -> None:
+    batch = batches(samples(write_set(tmp_path / "set")), 1)[0]
+    parts = batch.microbatches(3)
+    assert [len(part.keys) for part in parts] == [3, 3, 2]
+    assert [key for part in parts for key in part.keys] == batch.keys
+    assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "path: give either path or shards"),
+        ({"path": "x", "shards": ["y"]}, "path: give either path or shards"),
+        ({"path": "s3://bucket/x"}, "comes? with the data plane"),
+        ({"path": "x", "filters": {"nsfw": True}}, "comes with the data plane"),
+        ({"path": "x", "validation_every": 1}, "would hold out every row"),
+        ({"path": "x", "language_weights": {"en": -1}}, "0 or more is allowed"),
+        (
+            {
+                "path": "x",
+                "language_weights": {"en": 1, "sw": 2},
+                "filters": {"lang_allow": ["en"]},
+            },
+            "language_weights: sw given, but filters.lang_allow has only en",
+        ),
+        ({"path": "x", "batch_size": 10**30}, "at most 1000000 is allowed"),
+        ({"path": "x", "micro_batch_size": 10**30}, "at most 1000000 is allowed"),
+        ({"path": "x", "batch_size": 1}, "at least 2 is allowed"),
+    ],
+)
+def test_bad_settings_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(DataConfig, values)
+
+
+def test_a_split_must_be_named_where_it_is_not_clear(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "set", name="set", source={}) as writer:
+        for split in ("one", "two"):
+            writer.write(split, png(1), "png", {"captions": {"en": ["x"]}}, split=split)
+    assert set(open_dataset(tmp_path / "set").splits) == {"one", "two"}
+    with pytest.raises(UserError, match=r"name one of the set's splits: one, two"):
+        open_split(build(DataConfig, {"path": str(tmp_path / "set")}))
+    with pytest.raises(UserError, match=r"three is not in the set; it has one, two"):
+        open_split(build(DataConfig, {"path": str(tmp_path / "set"), "split": "three"}))
+    assert open_split(build(DataConfig, {"path": str(tmp_path / "set"), "split": "two"})).name == (
+        "two"
+    )

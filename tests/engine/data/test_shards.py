@@ -1,0 +1,476 @@
+import hashlib
+import io
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import tarfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from carillon.engine.config import UserError
+from carillon.engine.data.manifest import _checksum
+from carillon.engine.data.shards import (
+    Dataset,
+    SampleError,
+    ShardWriter,
+    Split,
+    open_dataset,
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def media_of(number: int) -> bytes:
+    return bytes([number % 251]) * (number % 1500 + 1)
+
+
+def build(out: Path, num_samples: int = 20, *, max_shard_bytes: int = 1 << 20) -> Dataset:
+    with ShardWriter(out, name="tiny", source={"by": "test"}, max_shard_bytes=max_shard_bytes) as w:
+        for number in range(num_samples):
+            meta = {"captions": {"en": [f"number {number}"]}, "licence": "CC0-1.0", "n": number}
+            w.write(f"k{number:04d}", media_of(number), "png", meta)
+        w.write("held", b"out", "png", {"captions": {"fr": ["dehors", "loin"]}}, split="heldout")
+    return open_dataset(out)
+
+
+def plain_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def caption(text: str) -> bytes:
+    return json.dumps({"captions": {"en": [text]}}).encode()
+
+
+def resign(path: Path, change: dict[str, object]) -> None:
+    content = json.loads(path.read_text())
+    content.pop("checksum")
+    content.update(change)
+    content["checksum"] = _checksum(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_written_set_reads_back_over_several_shards(tmp_path: Path) -> None:
+    dataset = build(tmp_path / "set", 200, max_shard_bytes=50_000)
+    train = dataset.splits["train"]
+    assert len(dataset.manifest.splits["train"].shards) > 3
+    assert len(train) == 200
+    for row in (0, 57, 199, 3):
+        sample = train.read(row)
+        assert sample.key == train.key(row) == f"k{row:04d}"
+        assert sample.media == media_of(row)
+        assert sample.meta["n"] == row
+        assert sample.meta["captions"] == {"en": [f"number {row}"]}
+    assert dataset.splits["heldout"].read(0).meta["captions"] == {"fr": ["dehors", "loin"]}
+    with pytest.raises(IndexError):
+        train.read(200)
+    content = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    assert content["languages"] == {"en": 200, "fr": 2}
+    assert content["licences"] == {"CC0-1.0": 200, "unstated": 1}
+
+
+def test_other_tools_can_read_our_shards(tmp_path: Path) -> None:
+    build(tmp_path / "set", 3)
+    with tarfile.open(tmp_path / "set" / "train-000000.tar") as tar:
+        names = tar.getnames()
+        first = tar.extractfile("k0000.png")
+        assert first is not None
+        assert first.read() == media_of(0)
+    assert names[:4] == ["k0000.png", "k0000.json", "k0001.png", "k0001.json"]
+
+
+def test_the_same_samples_give_the_same_fingerprint_anywhere(tmp_path: Path) -> None:
+    first, second = build(tmp_path / "a"), build(tmp_path / "b")
+    assert first.fingerprint == second.fingerprint
+    assert build(tmp_path / "c", 19).fingerprint != first.fingerprint
+
+
+def _keys(split: Split) -> list[str]:
+    return [split.read(row).key for row in range(len(split))]
+
+
+def test_a_split_travels_to_other_processes(tmp_path: Path) -> None:
+    train = build(tmp_path / "set").splits["train"]
+    expected = _keys(train)  # opens files here first: a fork shares them, a pickle has none
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        assert pool.submit(_keys, train).result() == expected
+    code = "import pickle, sys; s = pickle.load(sys.stdin.buffer); print(s.read(19).key, len(s))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(train), capture_output=True, check=True
+    )
+    assert done.stdout.split() == [b"k0019", b"20"]
+
+
+def test_open_files_stay_bounded(tmp_path: Path) -> None:
+    dataset = build(tmp_path / "set", 300, max_shard_bytes=1)
+    assert len(dataset.manifest.splits["train"].shards) == 300
+    before = len(os.listdir("/proc/self/fd"))
+    keys = _keys(dataset.splits["train"])
+    assert len(keys) == 300
+    assert len(os.listdir("/proc/self/fd")) - before <= 2 * 128 + 4
+
+
+def test_every_flipped_bit_of_a_sample_is_found_before_use(tmp_path: Path) -> None:
+    train = build(tmp_path / "set", 2).splits["train"]
+    shard = tmp_path / "set" / "train-000000.tar"
+    intact = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        members = {m.name: m for m in tar.getmembers()}
+    for name in ("k0001.png", "k0001.json"):
+        for offset in (0, members[name].size - 1):
+            damaged = bytearray(intact)
+            damaged[members[name].offset_data + offset] ^= 1
+            shard.write_bytes(damaged)
+            assert train.read(0).key == "k0000"
+            with pytest.raises(SampleError, match=r"'k0001': its bytes in train-000000.tar"):
+                train.read(1)
+
+
+def test_a_truncated_shard_is_named_at_opening(tmp_path: Path) -> None:
+    build(tmp_path / "set")
+    shard = tmp_path / "set" / "train-000000.tar"
+    os.truncate(shard, 3000)
+    with pytest.raises(UserError, match=r"train-000000\.tar is truncated or altered: 3,000 bytes"):
+        open_dataset(tmp_path / "set")
+    shard.unlink()
+    with pytest.raises(UserError, match=r"train-000000\.tar is missing"):
+        open_dataset(tmp_path / "set")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_index_is_refused(tmp_path: Path, damage: str) -> None:
+    dataset = build(tmp_path / "set")
+    index = tmp_path / "set" / "train-000000.index.npy"
+    if damage == "flip":
+        data = bytearray(index.read_bytes())
+        data[-5] ^= 4
+        index.write_bytes(data)
+    elif damage == "truncate":
+        os.truncate(index, index.stat().st_size - 7)
+    else:
+        index.unlink()
+    with pytest.raises(UserError, match=r"train-000000\.index\.npy (does not match|is missing)"):
+        dataset.splits["train"].key(0)
+
+
+@pytest.mark.parametrize("position", [30, 200, -30])
+def test_a_damaged_manifest_is_refused(tmp_path: Path, position: int) -> None:
+    build(tmp_path / "set")
+    path = tmp_path / "set" / "dataset.json"
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"dataset\.json"):
+        open_dataset(tmp_path / "set")
+    path.write_bytes(bytes(data)[:100])
+    with pytest.raises(UserError, match=r"dataset\.json is damaged"):
+        open_dataset(tmp_path / "set")
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch unpickled",)
+
+
+def test_a_pickled_index_is_never_unpickled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build(tmp_path / "set")
+    path = tmp_path / "set" / "dataset.json"
+    splits = json.loads(path.read_text())["splits"]
+    index = tmp_path / "set" / "train-000000.index.npy"
+    np.save(index, np.array([Bomb()], dtype=object), allow_pickle=True)
+    splits["train"]["shards"][0]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+    resign(path, {"splits": splits})
+    with pytest.raises(UserError, match=r"index .* cannot be read"):
+        open_dataset(tmp_path / "set").splits["train"].read(0)
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_an_index_that_points_outside_its_shard_is_refused(tmp_path: Path) -> None:
+    build(tmp_path / "set")
+    path = tmp_path / "set" / "dataset.json"
+    splits = json.loads(path.read_text())["splits"]
+    index = tmp_path / "set" / "train-000000.index.npy"
+    rows = np.load(index)
+    rows["media_size"][3] = 2**32 - 1
+    np.save(index, rows)
+    splits["train"]["shards"][0]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+    resign(path, {"splits": splits})
+    with pytest.raises(UserError, match="points past the end of its shard"):
+        open_dataset(tmp_path / "set").splits["train"].read(0)
+
+
+def test_an_index_is_checked_once_and_an_altered_one_still_noticed(tmp_path: Path) -> None:
+    split = build(tmp_path / "set", 40, max_shard_bytes=4096).splits["train"]
+    first = [split.read(row) for row in range(40)]
+    sums = [layout for _, layout in sorted(split._layouts.items())]
+    split._open.clear()  # as when more shards than may stay open were read in between
+    assert [split.read(row) for row in range(40)] == first
+    assert [layout for _, layout in sorted(split._layouts.items())] == sums
+
+    split._open.clear()
+    os.truncate(tmp_path / "set" / "train-000000.index.npy", 128)
+    with pytest.raises(UserError, match=r"train-000000\.tar cannot be read: its index is cut"):
+        split.read(0)
+
+
+def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
+    build(tmp_path / "set")
+    path = tmp_path / "set" / "dataset.json"
+    for name in ("../secret.tar", "/etc/passwd"):
+        splits = json.loads(path.read_text())["splits"]
+        splits["train"]["shards"][0]["file"] = name
+        resign(path, {"splits": splits})
+        with pytest.raises(UserError, match="outside its folder"):
+            open_dataset(tmp_path / "set")
+
+
+@pytest.mark.parametrize("key", ["../x", "/x", "a/../b", "a.b", "", "a\0b", "a\\b", "k" * 201])
+def test_the_writer_refuses_unsafe_keys(tmp_path: Path, key: str) -> None:
+    with ShardWriter(tmp_path / "set", name="tiny", source={}) as writer:
+        writer.write("good", b"1", "png", {})
+        with pytest.raises(SampleError, match="key must be"):
+            writer.write(key, b"1", "png", {})
+    assert len(open_dataset(tmp_path / "set").splits["train"]) == 1
+
+
+def test_the_writer_refuses_duplicates_and_leaves_nothing(tmp_path: Path) -> None:
+    def write() -> None:
+        with ShardWriter(tmp_path / "set", name="tiny", source={}) as writer:
+            writer.write("twice", b"1", "png", {})
+            writer.write("twice", b"2", "png", {}, split="validation")
+
+    with pytest.raises(UserError, match="'twice' occurs twice"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwriting_replaces_only_when_asked(tmp_path: Path) -> None:
+    build(tmp_path / "set", 3)
+    with (
+        pytest.raises(UserError, match="exists"),
+        ShardWriter(tmp_path / "set", name="x", source={}),
+    ):
+        pass
+    assert len(open_dataset(tmp_path / "set").splits["train"]) == 3
+    with ShardWriter(tmp_path / "set", name="x", source={}, overwrite=True) as writer:
+        writer.write("only", b"1", "png", {})
+    assert len(open_dataset(tmp_path / "set").splits["train"]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:
+    def write() -> None:
+        with ShardWriter(tmp_path / "set", name="x", source={}) as writer:
+            for number in range(40):
+                writer.write(f"k{number}", bytes(100_000), "png", {})
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"written: File too large\. Nothing was left"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_sync_is_one_message_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    def write() -> None:
+        with ShardWriter(tmp_path / "set", name="x", source={}) as writer:
+            writer.write("k", b"1", "png", {})
+            monkeypatch.setattr(os, "fsync", full)
+
+    with pytest.raises(UserError, match=r"No space left on device\. Nothing was left behind"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_message() -> None:
+    with (
+        pytest.raises(UserError, match=r"cannot be written: .* choose a folder"),
+        ShardWriter(Path("/proc/carillon/set"), name="x", source={}),
+    ):
+        pass
+
+
+def test_plain_tars_open_as_folder_file_brace_pattern_and_list(tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    for number in range(3):
+        members = [(f"s{number}.jpg", b"pixels"), (f"s{number}.json", caption(f"c{number}"))]
+        plain_tar(folder / f"x-{number:03d}.tar", members)
+    whole = open_dataset(folder)
+    assert _keys(whole.splits["all"]) == ["s0", "s1", "s2"]
+    pattern = open_dataset(f"{folder}/x-{{000..002}}.tar")
+    assert pattern.fingerprint == whole.fingerprint
+    listed = open_dataset([f"{folder}/x-{{002,000}}.tar"])
+    assert _keys(listed.splits["all"]) == ["s2", "s0"]
+    assert len(open_dataset(folder / "x-001.tar").splits["all"]) == 1
+
+
+def test_a_plain_set_is_indexed_once_and_again_when_altered(tmp_path: Path) -> None:
+    tar = plain_tar(tmp_path / "p" / "x.tar", [("a.jpg", b"1"), ("a.json", caption("one"))])
+    entries = tmp_path / "cache" / "carillon" / "indexes"
+    first = open_dataset(tar)
+    open_dataset(tar)
+    assert len(list(entries.iterdir())) == 1
+    plain_tar(tar, [("b.jpg", b"2"), ("b.json", caption("two"))])
+    os.utime(tar, ns=(1, 1))
+    second = open_dataset(tar)
+    assert second.splits["all"].key(0) == "b"
+    assert second.fingerprint != first.fingerprint
+    assert len(list(entries.iterdir())) == 2
+
+
+def test_webdataset_conventions(tmp_path: Path) -> None:
+    members = [
+        ("d/a.frames.jpg", b"ignored"),
+        ("d/a.JPG", b"upper"),
+        ("d/a.json", b'{"caption": "one text", "more": 1}'),
+        ("b.png", b"png"),
+        ("b.txt", b"ein Text\n"),
+        ("c.webp", b"webp"),
+    ]
+    split = open_dataset(plain_tar(tmp_path / "p" / "x.tar", members)).splits["all"]
+    samples = [split.read(row) for row in range(len(split))]
+    assert [sample.key for sample in samples] == ["d/a", "b", "c"]
+    assert samples[0].media == b"upper"
+    assert samples[0].meta["captions"] == {"und": ["one text"]}
+    assert samples[1].meta == {"captions": {"und": ["ein Text"]}}
+    assert samples[2].meta == {"captions": {}}
+
+
+def test_hostile_members_are_ignored_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tar_path = tmp_path / "p" / "x.tar"
+    members = [
+        ("../x.jpg", b"1"),
+        ("/abs.jpg", b"1"),
+        ("a/../../b.jpg", b"1"),
+        ("c:\\d.jpg", b"1"),
+        ("good.jpg", b"pixels"),
+        ("good.json", caption("fine")),
+        ("good.pyd", pickle.dumps(Bomb())),
+        ("good.pkl", pickle.dumps(Bomb())),
+        ("good.pickle", pickle.dumps(Bomb())),
+        ("good.npy", b"\x93NUMPY"),
+    ]
+    plain_tar(tar_path, members)
+    with tarfile.open(tar_path, "a") as tar:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
+            link = tarfile.TarInfo("link.jpg")
+            link.type, link.linkname = kind, "/etc/passwd"
+            tar.addfile(link)
+    dataset = open_dataset(tar_path)
+    assert _keys(dataset.splits["all"]) == ["good"]
+    assert dataset.manifest.ignored == {
+        "unsafe name": 4,
+        ".pyd": 1,
+        ".pkl": 1,
+        ".pickle": 1,
+        ".npy": 1,
+        "link or special file": 3,
+    }
+    assert not (tmp_path / "unpickled").exists()
+    assert not list(tmp_path.rglob("*.jpg"))
+
+
+def test_duplicate_keys_across_shards_are_refused(tmp_path: Path) -> None:
+    plain_tar(tmp_path / "p" / "one.tar", [("a.jpg", b"1"), ("b.jpg", b"1")])
+    plain_tar(tmp_path / "p" / "two.tar", [("b.jpg", b"2")])
+    with pytest.raises(UserError, match=r"'b' occurs in one\.tar and again in two\.tar"):
+        open_dataset(tmp_path / "p")
+    assert not list((tmp_path / "cache" / "carillon" / "indexes").iterdir())
+
+
+@pytest.mark.parametrize("keep", [100, 700, 1024, 1536, 2048])
+def test_a_truncated_tar_is_named(tmp_path: Path, keep: int) -> None:
+    tar = plain_tar(tmp_path / "p" / "x.tar", [("a.jpg", bytes(600)), ("a.json", caption("c"))])
+    os.truncate(tar, keep)
+    with pytest.raises(UserError, match=r"x\.tar cannot be used: truncated"):
+        open_dataset(tar)
+
+
+def test_a_damaged_header_in_the_middle_is_found(tmp_path: Path) -> None:
+    tar = plain_tar(tmp_path / "p" / "x.tar", [("a.jpg", b"1"), ("b.jpg", b"2")])
+    data = bytearray(tar.read_bytes())
+    data[1024 + 3] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(UserError, match=r"x\.tar cannot be used: damaged: .* byte 1,024"):
+        open_dataset(tar)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("s3://bucket/x.tar", "come with the data plane"),
+        ("https://example.org/x.tar", "come with the data plane"),
+        ("missing", "does not exist"),
+        ("x-{a..z}.tar", "no range like"),
+        ([], "empty list"),
+    ],
+)
+def test_what_cannot_be_opened_says_so(given: str | list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_dataset(given)
+
+
+def test_an_empty_folder_is_no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"neither dataset\.json nor a \.tar"):
+        open_dataset(tmp_path)
+
+
+def test_a_sample_with_broken_json_is_named_and_the_next_one_is_read(tmp_path: Path) -> None:
+    members = [
+        ("a.jpg", b"1"),
+        ("a.json", b"{broken"),
+        ("b.jpg", b"1"),
+        ("b.json", b"[" * 100_000),
+        ("c.jpg", b"1"),
+        ("c.json", b'{"captions": {"en": ["\\ud800"]}}'),
+        ("d.jpg", b"1"),
+        ("d.json", caption("fine")),
+    ]
+    split = open_dataset(plain_tar(tmp_path / "p" / "x.tar", members)).splits["all"]
+    for row, reason in enumerate(["JSON cannot be read", "JSON is nested", "lone surrogate"]):
+        with pytest.raises(SampleError, match=reason) as caught:
+            split.read(row)
+        assert caught.value.key == "abc"[row]
+    assert split.read(3).meta["captions"] == {"en": ["fine"]}
+
+
+REAL = Path(__file__).parents[4] / "shared" / "data" / "flickr8k"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data set is not here")
+def test_real_webdataset_shards_open() -> None:
+    split = open_dataset(REAL).splits["all"]
+    assert len(split) == 6473
+    sample = split.read(0)
+    assert sample.key == "2862509442_4f5dc96dca"
+    assert len(sample.media) == 5523
+    assert sorted(sample.meta["captions"]) == ["ar", "cs", "de", "en", "fr"]

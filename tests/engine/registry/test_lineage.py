@@ -1,0 +1,56 @@
+"""From a checkpoint's hash or folder back to shards that open_dataset agrees with."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from carillon.engine.data.shards import Dataset
+from carillon.engine.registry.database import RegistryError
+from carillon.engine.registry.lineage import trace
+from carillon.engine.registry.store import Registry
+
+HASH = "ab12cd34" * 8
+
+
+@pytest.fixture
+def trained(registry: Registry, dataset: Dataset, tmp_path: Path) -> Registry:
+    registry.record_dataset(dataset)
+    run = registry.start_run(
+        "tiny",
+        config_hash="cfg",
+        params={},
+        artifacts_uri=tmp_path / "tiny",
+        dataset_fingerprint=dataset.fingerprint,
+        git_commit="f00d",
+    )
+    registry.add_checkpoint(run, 5, uri=tmp_path / "tiny" / "step-5", content_hash=HASH)
+    registry.add_checkpoint(run, 6, uri=tmp_path / "tiny" / "step-6", content_hash="ab12ff" * 10)
+    registry.add_evaluation(HASH, "retrieval", {"R@1": 0.5})
+    return registry
+
+
+def test_hash_prefix_and_folder_lead_to_the_bytes(
+    trained: Registry, dataset: Dataset, tmp_path: Path
+) -> None:
+    for checkpoint in (HASH, HASH[:8], str(tmp_path / "tiny" / "step-5")):
+        found = trace(trained, checkpoint)
+        assert found.checkpoint.content_hash == HASH
+        assert (found.run.config_hash, found.run.git_commit) == ("cfg", "f00d")
+        assert found.dataset is not None
+        assert found.dataset.fingerprint == dataset.fingerprint
+        assert [row.suite_name for row in found.evaluations] == ["retrieval"]
+        assert {shard.split for shard in found.shards} == {"train", "held_out"}
+        for shard in found.shards:
+            content = (Path(found.dataset.source_uri) / shard.file).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == shard.sha256
+
+
+def test_unknown_and_ambiguous_checkpoints(trained: Registry, tmp_path: Path) -> None:
+    run = trained.start_run("other", config_hash="c", params={}, artifacts_uri=tmp_path / "other")
+    trained.add_checkpoint(run, 1, uri="/x", content_hash=HASH[:8] + "0" * 56)
+    with pytest.raises(RegistryError, match="several checkpoints begin with 'ab12cd34'"):
+        trace(trained, HASH[:8])
+    for checkpoint in ("0123456789", "ab1", "%%%%%%%%", "/nowhere"):
+        with pytest.raises(RegistryError, match="no checkpoint"):
+            trace(trained, checkpoint)

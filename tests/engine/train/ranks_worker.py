@@ -1,0 +1,57 @@
+"""Runs `carillon` commands as several processes each, forked from here so that torch is imported
+once: python ranks_worker.py CASES.json RESULTS.json
+
+Each case has world_size and argv; its result, the exit code and stderr of each rank. The ranks find
+each other by the environment variables that torchrun sets.
+"""
+
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import carillon.engine.train.launch  # noqa: F401  (torch and all, before the forks)
+from carillon.engine.cli import main
+
+
+def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    world_size = int(case["world_size"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    files = [folder / f"stderr-{rank}" for rank in range(world_size)]
+    children = [fork_rank(case, rank, port, files[rank]) for rank in range(world_size)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return {"codes": codes, "stderr": [file.read_text() for file in files]}
+
+
+def fork_rank(case: dict[str, Any], rank: int, port: int, stderr: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        sys.stderr = stderr.open("w")
+        os.dup2(sys.stderr.fileno(), 2)
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world_size"]}
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in (place | rendezvous).items()})
+        code = main(case["argv"])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)  # the parent's own clean-up is not the child's
+
+
+if __name__ == "__main__":
+    cases, results = Path(sys.argv[1]), Path(sys.argv[2])
+    done = {
+        name: run_case(case, results.parent) for name, case in json.loads(cases.read_text()).items()
+    }
+    results.write_text(json.dumps(done))

@@ -1,0 +1,360 @@
+"""Faults through the real command: one message, the right exit code, nothing half-written."""
+
+import importlib.util
+import os
+import resource
+import runpy
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from carillon.engine.config import UserError
+from carillon.engine.train.launch import check_layout
+from carillon.engine.train.run import load_config, load_run
+
+Setup = Any  # conftest's
+PROCESS_TREE = Path(__file__).parents[3] / "benchmarks" / "process_tree.py"
+kill_all = runpy.run_path(str(PROCESS_TREE))["kill_all"]
+Capture = pytest.CaptureFixture[str]
+
+
+def complaint(capsys: Capture) -> str:
+    """The one message of a refused command."""
+    error = capsys.readouterr().err
+    assert error.count("carillon: ") == 1, error
+    assert "Traceback" not in error
+    return error[error.index("carillon: ") :]
+
+
+# Configs and layouts
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dta: {path: x}", "dta: unknown key; did you mean data?"),
+        ("data: {path: x, batch_size: many}", "data.batch_size: expected a whole number, got"),
+        ("data: [x]", "data: expected a section (key: value), got"),
+        ("data: {path: x, batch_size: 1}", "data.batch_size: 1 (int) given, at least 2 is allowed"),
+        ("data: {path: *x}", "line 1"),
+        ("optimization: {steps: 1}", "data.path: give either path or shards"),
+    ],
+)
+def test_a_config_that_cannot_be_used(
+    text: str, message: str, setup: Setup, capsys: Capture
+) -> None:
+    setup.config.write_text(text)
+    assert setup.train() == 2
+    assert message in complaint(capsys)
+    assert not setup.output.exists()
+
+
+def test_a_config_that_is_not_there(setup: Setup, capsys: Capture) -> None:
+    setup.config.unlink()
+    assert setup.train() == 2
+    assert "tiny.yaml cannot be read: No such file or directory" in complaint(capsys)
+
+
+def test_a_batch_that_the_processes_do_not_divide(setup: Setup) -> None:
+    config = load_config(setup.config, [])
+    check_layout(config, 4)
+    with pytest.raises(UserError, match=r"batch_size: 8 pairs do not divide over 3 .* use 1, 2, 4"):
+        check_layout(config, 3)
+    odd = load_config(setup.config, ["distributed.dp_shard=2"])
+    with pytest.raises(UserError, match=r"does not make 3 data-parallel processes"):
+        check_layout(odd, 3)
+
+
+def test_a_fault_is_one_message_from_several_processes(
+    setup: Setup, tmp_path: Path, ranks: Any
+) -> None:
+    """A batch that does not divide, a missing set, weights that overflow: no rank is left waiting,
+    and the main one alone tells."""
+    missing = setup.argv(f"data.path={tmp_path / 'nowhere'}")
+    overflow = setup.argv("optimization.lr=1e30", "optimization.guard.max_skipped=2")
+    cases = {"divide": (3, setup.argv()), "missing": (2, missing), "overflow": (2, overflow)}
+    results = ranks(tmp_path / "ranks", cases)
+    for name, codes in (("divide", [2, 2, 2]), ("missing", [2, 2]), ("overflow", [3, 3])):
+        assert results[name]["codes"] == codes, results[name]
+        error = "".join(results[name]["stderr"])
+        assert error.count("carillon: ") + error.count("stopped: ") == 1, error
+        assert "Traceback" not in error
+    skipped, keys = setup.lines("skipped_steps.jsonl"), setup.lines("sample_keys.jsonl")
+    assert len(skipped) == 3
+    assert [line["keys"] for line in skipped] == [line["keys"] for line in keys[-3:]]
+    assert {len(line["keys"]) for line in skipped} == {8}  # of both ranks
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_sink_that_is_not_installed(
+    name: str, setup: Setup, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *rest: None if n == name else find(n, *rest)
+    )
+    key = {"wandb": "project", "mlflow": "experiment"}[name]
+    assert setup.train(f"logging.{name}.{key}=demo") == 2
+    message = complaint(capsys)
+    assert f"logging.{name}: it is not installed; pip install {name}, or set" in message
+    assert not setup.output.exists()
+
+
+# Data
+
+
+def test_a_data_folder_that_is_not_there(setup: Setup, tmp_path: Path, capsys: Capture) -> None:
+    assert setup.train(f"data.path={tmp_path / 'nowhere'}") == 2
+    assert str(tmp_path / "nowhere") in complaint(capsys)
+
+
+def test_a_truncated_shard(
+    make_setup: Any, make_pictures: Any, tmp_path: Path, capsys: Any
+) -> None:
+    data = make_pictures(tmp_path / "pictures")
+    (shard,) = data.glob("*.tar")
+    os.truncate(shard, shard.stat().st_size // 2)
+    assert make_setup(data).train() == 2
+    assert shard.name in complaint(capsys)
+
+
+def test_a_truncated_plain_tar(
+    setup: Setup, make_pictures: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = make_pictures(tmp_path / "pictures")
+    (shard,) = data.glob("*.tar")
+    plain = tmp_path / "plain.tar"
+    plain.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    assert setup.train(f"data.path={plain}") == 2
+    assert "plain.tar" in complaint(capsys)
+
+
+def test_corrupt_pictures_within_the_share_are_named_and_replaced(
+    make_setup: Any, make_pictures: Any, tmp_path: Path, capsys: Capture
+) -> None:
+    setup = make_setup(make_pictures(tmp_path / "pictures", bad=frozenset({7, 30})))
+    assert setup.train("data.max_bad_share=0.2") == 0
+    error = capsys.readouterr().err
+    assert "bad sample picture007 replaced: " in error
+    assert "bad sample picture030 replaced: " in error
+    keys = {key for line in setup.lines("sample_keys.jsonl") for key in line["keys"]}
+    assert not keys & {"picture007", "picture030"}
+    assert setup.lines("metrics.jsonl")[-1]["bad_samples"] == 2
+
+
+def test_corrupt_pictures_past_the_share_stop_the_run(
+    make_setup: Any, make_pictures: Any, tmp_path: Path, capsys: Capture
+) -> None:
+    setup = make_setup(make_pictures(tmp_path / "pictures", bad=frozenset(range(0, 60, 5))))
+    assert setup.train("optimization.steps=60", "data.max_bad_share=0.1") == 2
+    message = complaint(capsys)
+    assert "samples read are bad, more than data.max_bad_share=0.1" in message
+    assert setup.steps()[-1] == 20  # judged from 200 reads on, in step 25
+    load_run(setup.run)
+
+
+def test_a_fault_that_only_another_rank_meets_is_told(
+    make_setup: Any, make_pictures: Any, tmp_path: Path, ranks: Any
+) -> None:
+    """One shard of many is damaged; the first to read from it is not the main rank."""
+    data = make_pictures(tmp_path / "pictures", max_shard_bytes=1)
+    whole = make_setup(data)
+    assert whole.train() == 0
+    key = whole.lines("sample_keys.jsonl")[0]["keys"][-1]
+    index = data / f"train-{int(key.removeprefix('picture')):06d}.index.npy"
+    index.write_bytes(index.read_bytes()[:-1] + b"x")
+    setup = whole.killed_after(0, tmp_path / "runs")  # keeps the tokenizer, made from all shards
+    result = ranks(tmp_path / "ranks", {"one": (2, setup.argv())})["one"]
+    assert result["codes"][1] == 2
+    assert result["codes"][0] != 0
+    assert result["stderr"][1].count(f"[rank 1] the index {index}") == 1, result["stderr"]
+    assert setup.steps() == []
+
+
+# The run folder and its checkpoints
+
+
+@pytest.fixture(scope="module")
+def trained(make_setup: Any) -> Setup:
+    setup = make_setup()
+    assert setup.train() == 0
+    return setup
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_out(
+    trained: Setup, tmp_path: Path, capsys: Capture
+) -> None:
+    setup = trained.killed_after(5, tmp_path / "runs")
+    (checkpoint,) = setup.checkpoints()
+    file = checkpoint.path / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert setup.train() == 2
+    message = complaint(capsys)
+    assert f"checkpoint {checkpoint.path} is damaged: __0_0.distcp is not what was" in message
+    assert "Move that folder away" in message
+    checkpoint.path.rename(tmp_path / "moved")
+    assert setup.train() == 0
+    assert setup.lines("sample_keys.jsonl") == trained.lines("sample_keys.jsonl")
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    trained: Setup, make_setup: Any, tmp_path: Path, capsys: Capture
+) -> None:
+    other = make_setup()
+    assert other.train("model.vision.depth=2") == 0
+    setup = trained.killed_after(0, tmp_path / "runs")
+    other.checkpoints()[-1].path.rename(setup.run / "checkpoints" / "step-00000007")
+    assert setup.train() == 2
+    assert "is of another model: tensors" in complaint(capsys)
+
+
+@contextmanager
+def largest_file(size_bytes: int) -> Iterator[None]:
+    """Writes past the limit fail as on a full disk, with another number."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_while_saving(trained: Setup, tmp_path: Path, capsys: Capture) -> None:
+    setup = trained.killed_after(5, tmp_path / "runs")
+    before = setup.content(5)
+    with largest_file(100_000):
+        assert setup.train() == 2
+    assert "was not written: [Errno 27] File too large" in complaint(capsys)
+    assert setup.steps() == [5]
+    assert not list(setup.run.glob("checkpoints/*.tmp"))
+    after = setup.content(5)
+    assert all((after[name] == before[name]).all() for name in before)
+    assert setup.train() == 0
+    assert setup.metrics() == trained.metrics()
+
+
+def test_a_disk_that_is_full_before_the_first_line(setup: Setup, capsys: Capture) -> None:
+    with largest_file(0):
+        assert setup.train() == 2
+    assert "File too large" in complaint(capsys)
+    assert setup.train() == 0
+
+
+@pytest.mark.parametrize("output", ["file", "file/below", "/proc/carillon"])
+def test_a_run_folder_that_cannot_be_made(
+    output: str, setup: Setup, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert setup.train(f"logging.output={tmp_path / output}") == 2
+    message = complaint(capsys)
+    assert "set logging.output to a folder that you can write" in message
+
+
+# Stops
+
+
+def wait_for(condition: Any, what: str, timeout_s: float = 120.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"no {what} within {timeout_s} s"
+        time.sleep(0.02)
+
+
+def steps_done(setup: Setup) -> int:
+    files = list(setup.output.glob("*/sample_keys.jsonl"))
+    return len(files[0].read_text().splitlines()) if files else 0
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+SLOW = ("optimization.steps=200", "logging.checkpoint_interval_steps=1000")
+
+
+def check_stopped(setup: Setup, error: str) -> None:
+    """Saved at the step that was reached, told once, every file at that step."""
+    (step,) = setup.steps()
+    assert 3 < step < 200
+    assert error.count(f"stopped at step {step}, saved; the same command resumes it") == 1
+    assert setup.lines("sample_keys.jsonl")[-1]["step"] == step
+    assert setup.lines("metrics.jsonl")[-1]["step"] == step
+
+
+def check_resumes(setup: Setup, trained: Setup) -> None:
+    assert setup.train(*SLOW) == 0
+    keys = setup.lines("sample_keys.jsonl")
+    assert [line["step"] for line in keys] == list(range(1, 201))
+    assert keys[:10] == trained.lines("sample_keys.jsonl")
+
+
+def test_sigterm_saves_and_the_same_command_resumes(
+    setup: Setup, trained: Setup, capsys: Capture
+) -> None:
+    """And while it trains, a second launch of the run is refused by its lock."""
+    process = setup.start(*SLOW)
+    try:
+        wait_for(lambda: steps_done(setup) > 3, "step")
+        assert setup.train(*SLOW) == 2
+        assert "is being trained by another process" in complaint(capsys)
+        asked = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75
+    assert time.monotonic() - asked < 30
+    assert "Traceback" not in error
+    check_stopped(setup, error)
+    check_resumes(setup, trained)
+
+
+def test_sigterm_to_torchrun_saves_and_the_same_command_resumes(
+    setup: Setup, trained: Setup
+) -> None:
+    """torchrun passes the signal on and waits 30 s for its processes, then always exits with 1 and
+    a traceback of its own: a scheduler that goes by exit code 75 has to start one process per task
+    itself (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), as srun does."""
+    process = setup.start(*SLOW, launcher=TORCHRUN)
+    try:
+        wait_for(lambda: steps_done(setup) > 3, "step")
+        asked = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert time.monotonic() - asked < 30
+    assert process.returncode == 1
+    assert error.count("Traceback") == 1  # torchrun's
+    check_stopped(setup, error)
+    check_resumes(setup, trained)
+
+
+def test_a_killed_run_can_be_started_again_at_once(setup: Setup, trained: Setup) -> None:
+    """As the kernel does when memory runs out: the loader workers live on for some seconds."""
+    workers = (*SLOW, "data.num_workers=2")
+    process = setup.start(*workers)
+    wait_for(lambda: steps_done(setup) > 3, "step")
+    process.kill()
+    process.wait()
+    assert setup.steps() == []
+    check_resumes(setup, trained)
+    process.communicate()  # returns once the workers too have ended
+
+
+def test_two_killed_processes_go_on_as_one(setup: Setup, trained: Setup) -> None:
+    """SIGKILL for torchrun, its ranks and their workers; benchmarks/prove_kill.py does it often."""
+    often = "logging.checkpoint_interval_steps=4"
+    process = setup.start(*SLOW, often, "data.num_workers=1", launcher=TORCHRUN)
+    wait_for(lambda: steps_done(setup) > 9, "step")
+    kill_all(process)
+    process.communicate()
+    for checkpoint in setup.checkpoints():
+        checkpoint.verify()
+    assert 0 < setup.steps()[-1] < 200
+    check_resumes(setup, trained)

@@ -1,0 +1,82 @@
+"""The choice of a provider: by device, by name, and what is said of one that cannot run."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from carillon.kernels import table
+from carillon.kernels.table import OPS, ProviderError, load_native, resolve
+from carillon.kernels.tolerances import TOLERANCES
+
+
+@pytest.fixture
+def fresh_native(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Lets a test see load_native's first call; the operators themselves stay registered."""
+    load_native()
+    load_native.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    load_native.cache_clear()
+    for op in OPS:
+        monkeypatch.setattr(
+            importlib.import_module(f"carillon.kernels.{op}.registration"), "register", lambda: None
+        )
+    load_native()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_is_whole(op: str) -> None:
+    """Native by default on the CPU, a reference to compare with, and a tolerance per dtype."""
+    assert OPS[op].providers["cpu"][0] == "native"
+    assert resolve(op, "cpu") is getattr(torch.ops.carillon, op)
+    assert resolve(op, "cpu", "reference").__module__ == f"carillon.kernels.{op}.reference"
+    assert {name for name, _ in TOLERANCES} == set(OPS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("image_normalise", "cpu"), "unknown op 'image_normalise': the ops are image_normalize"),
+        (("image_normalize", "meta"), "runs on cpu, cuda; the device is 'meta'"),
+        (("image_normalize", "cpu", "triton"), "has the providers native, reference; got 'triton'"),
+    ],
+)
+def test_unknown_choices_list_the_known(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(*arguments)
+
+
+def test_missing_module_says_how_to_build(fresh_native: pytest.MonkeyPatch) -> None:
+    import carillon
+
+    fresh_native.delattr(carillon, "_C", raising=False)
+    fresh_native.setitem(sys.modules, "carillon._C", None)
+    with pytest.raises(ProviderError, match=r"pip install -e \. --no-build-isolation"):
+        resolve("image_normalize", "cpu")
+    assert callable(resolve("image_normalize", "cpu", "reference"))
+
+
+def test_module_of_another_torch_is_refused(fresh_native: pytest.MonkeyPatch) -> None:
+    from carillon import _C
+
+    fresh_native.setattr(_C, "TORCH_VERSION", "2.0.0")
+    with pytest.raises(ProviderError, match=r"built for torch 2\.0\.0, and torch .* runs"):
+        resolve("image_normalize", "cpu", "native")
+
+
+def test_cuda_without_cuda_operators_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "load_native", lambda: False)
+    with pytest.raises(ProviderError, match="was built without CUDA"):
+        resolve("image_normalize", torch.device("cuda", 0), "native")
+
+
+def test_native_module_says_what_it_was_built_for() -> None:
+    from carillon import _C
+
+    details: dict[str, Any] = {"torch": _C.TORCH_VERSION, "cuda": _C.WITH_CUDA}
+    assert details["torch"] == torch.__version__.split("+")[0]
+    assert isinstance(details["cuda"], bool)
