@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # CPU wheels of torch, where no package source that pip already knows has one.
 TORCH_VERSION ?= 2.13.0
+# What compiles and interprets the Triton kernels where torch's own build brings none.
+TRITON_VERSION ?= 3.6.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 QUICKSTART := recipes/emoji_quickstart.yaml
 
