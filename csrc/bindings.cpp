@@ -8,6 +8,23 @@
 
 TORCH_LIBRARY(carillon, m) {
   m.def("image_normalize(Tensor images, float[] mean, float[] std, ScalarType dtype) -> Tensor");
+
+  m.def(
+      "contrastive(Tensor rows, Tensor columns, Tensor scale, int first_column=0, "
+      "Tensor? row_ids=None, Tensor? column_ids=None, bool with_sums=False) -> "
+      "(Tensor row_lse, Tensor column_lse, Tensor positive, Tensor row_sum, Tensor column_sum)");
+  m.def(
+      "contrastive_backward(Tensor rows, Tensor columns, Tensor scale, int first_column, "
+      "Tensor? row_ids, Tensor? column_ids, Tensor row_lse, Tensor column_lse, "
+      "Tensor row_lse_grad, Tensor column_lse_grad, Tensor positive_grad, Tensor? row_sum_grad, "
+      "Tensor? column_sum_grad) -> (Tensor rows_grad, Tensor columns_grad, Tensor scale_grad)");
+  m.def(
+      "contrastive_sigmoid(Tensor rows, Tensor columns, Tensor scale, Tensor bias, "
+      "int first_column=0, Tensor? row_ids=None, Tensor? column_ids=None) -> Tensor");
+  m.def(
+      "contrastive_sigmoid_backward(Tensor rows, Tensor columns, Tensor scale, Tensor bias, "
+      "int first_column, Tensor? row_ids, Tensor? column_ids, Tensor row_loss_grad) -> "
+      "(Tensor rows_grad, Tensor columns_grad, Tensor scale_grad, Tensor bias_grad)");
 }
 
 #ifdef CARILLON_WITH_CUDA

@@ -54,6 +54,21 @@ OPS: Mapping[str, Op] = MappingProxyType(
                 # training step: it is taken by name only until it has.
                 providers={"cpu": ("native", "reference"), "cuda": ("reference", "native")},
             ),
+            Op(
+                name="contrastive",
+                providers={
+                    "cpu": ("native", "reference", "triton"),
+                    "cuda": ("triton", "reference"),
+                },
+            ),
+            Op(
+                name="contrastive_sigmoid",
+                folder="contrastive",
+                providers={
+                    "cpu": ("native", "reference", "triton"),
+                    "cuda": ("triton", "reference"),
+                },
+            ),
         )
     }
 )

@@ -24,4 +24,15 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("image_normalize", torch.float32): Tolerance(atol=1.5e-6, rtol=0.0),
     # The same, then one rounding to bfloat16: half a unit in the last of 8 bits, 2^-8 relative.
     ("image_normalize", torch.bfloat16): Tolerance(atol=1.5e-6, rtol=2.0**-8),
+    # Relative to the largest value of each result. A logit sums up to 8 K products in float32
+    # (about sqrt(D) 2^-24 of its size, up to 100), which an exponential turns into a relative
+    # error of as much: 100 * 2^-24 = 6e-6, and a gradient sums hundreds of such terms of both
+    # signs. Measured: at most 1.4e-6.
+    ("contrastive", torch.float32): Tolerance(atol=1e-6, rtol=1e-5),
+    # The derivative by a logit is rounded to bfloat16 before its products, and so is the gradient:
+    # each half a unit in the last of 8 bits, 2^-8 = 3.9e-3. Float32 results are as above.
+    ("contrastive", torch.bfloat16): Tolerance(atol=1e-6, rtol=2.0**-7),
+    # As above; the losses are sums of positive terms.
+    ("contrastive_sigmoid", torch.float32): Tolerance(atol=1e-6, rtol=1e-5),
+    ("contrastive_sigmoid", torch.bfloat16): Tolerance(atol=1e-6, rtol=2.0**-7),
 }
