@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from record import BENCHMARKS, FLICKR8K, keep
+from record import BENCHMARKS, FLICKR8K, flickr8k_shards, keep
 
 from carillon.engine.data.shards import open_dataset
 from carillon.engine.data.tokenizer import Tokenizer, captions_of
@@ -30,7 +30,7 @@ STEPS, LAST = 300, 50
 
 def settings_of(seed: int, folder: Path) -> list[str]:
     return [
-        f"data.path={FLICKR8K[0].parent}",
+        f"data.path={FLICKR8K}",
         f"data.tokenizer.path={folder / 'tokenizer.json'}",
         "model.vision_backbone=vit-ti-16",
         "distributed.precision=bf16",
@@ -79,7 +79,7 @@ def main() -> None:
     finals: dict[str, list[float]] = {"carillon": [], "openclip": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (split,) = open_dataset(str(FLICKR8K[0].parent)).splits.values()
+        (split,) = open_dataset(list(map(str, flickr8k_shards()))).splits.values()
         Tokenizer.train(captions_of(split, 100_000), vocab_size=8000).save(
             folder / "tokenizer.json"
         )

@@ -2,11 +2,12 @@
 
 A reference run of two processes is never interrupted. Two more of the same config are killed with
 SIGKILL, every process of them at once, at random moments (a step, a time since the start, within a
-save), and resumed: series `any` with 1, 2 or 4 processes, series `two` always with two. It holds
-that after every kill each checkpoint with a final name verifies, that every resume starts from the
-newest of them, that the sequence of sample keys at the end is the reference's to the sample, and
-that series `two` ends with the reference's fp32 weights and moments bit for bit. State is kept in
---work, so the proof itself can be interrupted; results are appended to results/prove_kill.jsonl.
+save), and resumed: series `any` with 1, 2 or 4 processes, never as many as the time before, series
+`two` always with two. It holds that after every kill each checkpoint with a final name verifies,
+that every resume starts from the newest of them, that the sequence of sample keys at the end is the
+reference's to the sample, and that series `two` ends with the reference's fp32 weights and moments
+bit for bit. State is kept in --work, so the proof itself can be interrupted; results are appended
+to results/prove_kill.jsonl.
 """
 
 from __future__ import annotations
@@ -143,7 +144,9 @@ class Series:
 
     def _kill_once(self, number: int, work: Path) -> dict[str, Any]:
         draw = random.Random(f"{self.name} {number}")
-        world, before = draw.choice(self.worlds), self._newest()
+        last = self.kills[-1]["processes"] if self.kills else None
+        others = [world for world in self.worlds if world != last]
+        world, before = draw.choice(others or self.worlds), self._newest()
         mode = draw.choices(["step", "save", "time"], [5, 4, 1])[0]
         # On average the last kill falls near the end of the run.
         ahead = max(3.0, 2 * (self.num_steps - before) / (self.num_kills - number))

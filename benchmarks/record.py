@@ -15,9 +15,20 @@ from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
-FLICKR8K = sorted((ROOT.parent / "shared/data/flickr8k").glob("*.tar"))
+FLICKR8K = ROOT.parent / "shared/data/flickr8k"
 EMOJI = ROOT / "data/emoji"
 _PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "numpy", "pillow")
+
+
+def flickr8k_shards() -> list[Path]:
+    """The tars of Flickr8k. Raises SystemExit with the reason where they are missing."""
+    shards = sorted(FLICKR8K.glob("*.tar"))
+    if not shards:
+        raise SystemExit(
+            f"{FLICKR8K} is missing: the captioned photos on which this benchmark compares with "
+            "peers. It comes with the developers' checkout, beside the repository"
+        )
+    return shards
 
 
 def circumstances() -> dict[str, Any]:

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from record import EMOJI, FLICKR8K
+from record import EMOJI, flickr8k_shards
 from torchvision import transforms
 from webdataset_loader import padded_tokens, pipeline
 
@@ -35,6 +35,7 @@ from carillon.engine.data.loader import (
     TrainingLoader,
 )
 from carillon.engine.data.manifest import MANIFEST_NAME, SplitFiles, manifest_bytes
+from carillon.engine.data.shard_index import index_header
 from carillon.engine.data.shards import open_dataset
 from carillon.engine.data.tokenizer import Tokenizer, captions_of
 from carillon.engine.data.transforms import ImageAugmentConfig
@@ -57,7 +58,9 @@ def _config(path: str | None, shards: list[Path], workers: int) -> DataConfig:
 
 
 def _config_of(name: str, workers: int = 0) -> DataConfig:
-    return _config(str(EMOJI), [], workers) if name == "emoji" else _config(None, FLICKR8K, workers)
+    if name == "emoji":
+        return _config(str(EMOJI), [], workers)
+    return _config(None, flickr8k_shards(), workers)
 
 
 def _open(config: DataConfig, tokenizer: Tokenizer) -> TrainingLoader:
@@ -75,7 +78,7 @@ def _open(config: DataConfig, tokenizer: Tokenizer) -> TrainingLoader:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    (split,) = open_dataset(list(map(str, FLICKR8K))).splits.values()
+    (split,) = open_dataset(list(map(str, flickr8k_shards()))).splits.values()
     return Tokenizer.train(captions_of(split, 20_000), vocab_size=4000)
 
 
@@ -88,7 +91,7 @@ def _webdataset(name: str, tokenizer: Tokenizer) -> Iterator[Any]:
     def transform(picture: Image.Image) -> torch.Tensor:
         return to_tensor(crop(picture))
 
-    shards = sorted(EMOJI.glob("train-*.tar")) if name == "emoji" else FLICKR8K
+    shards = sorted(EMOJI.glob("train-*.tar")) if name == "emoji" else flickr8k_shards()
     tokenize = padded_tokens(tokenizer, CONTEXT)
     return iter(pipeline(shards, transform=transform, tokenize=tokenize, batch_size=BATCH))
 
@@ -134,13 +137,14 @@ def test_images_per_core_second(benchmark: Any, data: str, tokenizer: Tokenizer)
 def _repeated(folder: Path, times: int, *, by: str) -> Path:
     """A set of Flickr8k's tars with `times` as many samples: each tar listed so many times, or
     listed once with an index whose rows are repeated."""
-    plain = open_dataset(list(map(str, FLICKR8K)))
+    plain = open_dataset(list(map(str, flickr8k_shards())))
     listed, in_index = (times, 1) if by == "shards" else (1, times)
     shards = []
     for number, shard in enumerate(plain.manifest.splits["all"].shards):
         rows = np.load(plain.splits["all"]._folder / shard.index)
         index = folder / f"{number}.index.npy"
-        np.save(index, np.tile(rows, in_index))
+        header = index_header(rows.dtype["key"].itemsize, len(rows) * in_index)
+        index.write_bytes(header + rows.tobytes() * in_index)
         sha256 = hashlib.sha256(index.read_bytes()).hexdigest()
         (folder / f"{number}.tar").symlink_to(shard.file)
         entry = replace(
@@ -185,8 +189,10 @@ def test_start_up(benchmark: Any, tmp_path: Path, tokenizer: Tokenizer, by: str)
         to_open_s={times: round(statistics.median(took), 4) for times, took in opened.items()},
         to_first_batch_s={times: round(took, 4) for times, took in to_first.items()},
     )
-    # What grows is bounded: some microseconds a listed shard, one check of each index touched.
-    assert to_first[100] - to_first[1] < 0.1
+    if by == "rows":  # nothing grows; a tenth is for other pictures and for noise
+        assert to_first[100] < 1.1 * to_first[1]
+    else:  # a listed shard costs its entry in dataset.json and a stat, a touched one two opens
+        assert to_first[100] - to_first[1] < 0.05
 
 
 def _resident_mb(process: int) -> float:

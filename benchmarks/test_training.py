@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from record import BENCHMARKS, FLICKR8K
+from record import BENCHMARKS, FLICKR8K, flickr8k_shards
 from turns import Contestant, Turn
 
 from carillon.engine.data.shards import open_dataset
@@ -29,7 +29,7 @@ _SIZES = {"patch 8": "vit-ti-8", "patch 16": "vit-ti-16"}
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    (split,) = open_dataset(str(FLICKR8K[0].parent)).splits.values()
+    (split,) = open_dataset(list(map(str, flickr8k_shards()))).splits.values()
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     Tokenizer.train(captions_of(split, 100_000), vocab_size=8000).save(path)
     return path
@@ -37,7 +37,7 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def overrides(tokenizer_file: Path, output: Path, precision: str, patch: str) -> list[str]:
     return [
-        f"data.path={FLICKR8K[0].parent}",
+        f"data.path={FLICKR8K}",
         f"data.tokenizer.path={tokenizer_file}",
         f"model.vision_backbone={_SIZES[patch]}",
         f"distributed.precision={precision}",

@@ -2,14 +2,13 @@
 
 Each command's module declares its own arguments and does its own work; it is imported only when its
 command is named, so `carillon --help` answers at once. Exit codes: 0 done, 1 a fault of ours, 2 the
-input cannot be used, 3 training was given up by its guard, 75 stopped by a signal with its state
-saved.
+input cannot be used or the system refuses a path, 3 training was given up by its guard, 75 stopped
+by a signal with its state saved.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import os
 import sys
@@ -52,9 +51,12 @@ COMMANDS = (
     ),
 )
 
-# Not a fault of ours, and met wherever something is written.
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-_STORAGE_HINT = "make room or write elsewhere, then give the same command again"
+# What `carillon NOUN --help` begins with; its examples are those of its verbs.
+NOUNS = {
+    "data": "Build the data set of the recipes, or enter a data set in the registry.",
+    "config": "Check a config before it is trained, or look up its settings.",
+    "eval": "Measure how well a run's model does.",
+}
 
 _EPILOG = """examples:
   carillon data emoji --out data/emoji --size 64
@@ -69,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     parser = _parser(arguments)
     args = _parse(parser, arguments)
+    from carillon.engine.access import refusal
     from carillon.engine.config import UserError
 
     try:
@@ -82,10 +85,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
+        message = refusal(error)
+        if message is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"carillon: {where}{error.strerror}; {_STORAGE_HINT}", file=sys.stderr)
+        print(f"carillon: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -124,12 +127,32 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
             continue
         noun = command.words[0]
         if noun not in nouns:
-            described = [c for c in COMMANDS if c.words[0] == noun]
-            listing = "; ".join(f"{c.words[1]}: {c.help}" for c in described)
-            group = verbs.add_parser(noun, help=listing)
+            group = _add_noun(verbs, noun, arguments)
             nouns[noun] = group.add_subparsers(dest="verb", required=True, metavar="VERB")
         _add(nouns[noun], command, arguments)
     return parser
+
+
+def _add_noun(
+    parent: argparse._SubParsersAction[argparse.ArgumentParser], noun: str, arguments: list[str]
+) -> argparse.ArgumentParser:
+    members = [command for command in COMMANDS if command.words[0] == noun]
+    listing = "; ".join(f"{command.words[1]}: {command.help}" for command in members)
+    asked_for = [word for word in arguments if not word.startswith("-")] == [noun]
+    return parent.add_parser(
+        noun,
+        help=listing,
+        description=NOUNS[noun],
+        epilog=_examples(members) if asked_for else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _examples(commands: list[Command]) -> str:
+    """The command lines among the examples of several commands."""
+    texts = [importlib.import_module(command.module).EXAMPLES for command in commands]
+    lines = [line for text in texts for line in text.splitlines() if line.startswith("  ")]
+    return "\n".join(["examples:", *lines])
 
 
 def _add(

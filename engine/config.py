@@ -21,6 +21,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from carillon.engine.access import explained
 from carillon.engine.strict_yaml import YamlError, dump_yaml, parse_yaml
 
 T = TypeVar("T")
@@ -67,6 +68,13 @@ def rule_of(item: Field[Any]) -> Rule:
     return typing.cast(Rule, item.metadata.get("rule", Rule(help="")))
 
 
+def changed(config: Any, *names: str) -> list[str]:
+    """Those of the named fields that do not stand at their default: for checks of settings that do
+    nothing beside another."""
+    defaults = {item.name: item.default for item in fields(config)}
+    return [name for name in names if getattr(config, name) != defaults[name]]
+
+
 def load(path: str | Path, overrides: Sequence[str], root: type[T]) -> T:
     """Read a YAML file, apply `section.key=value` overrides and check everything.
 
@@ -87,7 +95,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
     except IsADirectoryError:
         raise UserError(f"config {path} is a folder; give a YAML file") from None
     except OSError as error:
-        raise UserError(f"config {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"config {path} cannot be read: {explained(error)}") from None
     try:
         return parse_yaml(text, str(path))
     except YamlError as error:

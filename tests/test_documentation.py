@@ -1,18 +1,17 @@
 """What the documentation says can be done: its commands parse, its links lead somewhere, the map
 names every source file, and the settings page has every setting.
 
-Commands are those of ```bash blocks in the README and docs. They are parsed by the program's own
-parser, not run; what they do is tested where it is built.
+Commands are those of ```bash blocks. Here the program's own parser reads them all;
+test_documented_commands.py runs those that it can.
 """
 
 import contextlib
 import io
 import re
+import runpy
 import shlex
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -21,49 +20,15 @@ from carillon.engine.config import Documented, documented
 from carillon.engine.train.run import RunConfig
 from carillon.engine.train.settings_page import settings_page
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(
-    path.relative_to(ROOT)
-    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "serve/*.md")
-    for path in ROOT.glob(pattern)
-)
+SHARED = runpy.run_path(str(Path(__file__).with_name("documented_commands.py")))
+ROOT, PAGES, Command = SHARED["ROOT"], SHARED["PAGES"], SHARED["Command"]
+commands_in = SHARED["commands_in"]
+DOCUMENTED = sorted(set(SHARED["documented_commands"]()))
 MAPPED = ("engine", "kernels", "csrc", "serve", "recipes")
-PROGRAMS = ("carillon", "make", "torchrun")
-_BLOCK = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[[^\]]+\]\((?!https?:|mailto:)([^)\s]+)\)")
 _PICTURE = re.compile(r"!\[[^\]]*\]\((?!https?:)([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _PLACEHOLDER = re.compile(r"[A-Z]{2,}|\b[A-Z]\.yaml")  # as in recipes/X.yaml and RUN
-
-
-class Command(NamedTuple):
-    """A documented command line."""
-
-    page: Path
-    words: tuple[str, ...]
-
-
-def commands_in(page: Path, text: str) -> Iterator[Command]:
-    """The commands of a page: continued lines joined, comments and assignments dropped."""
-    for block in _BLOCK.findall(text):
-        for line in block.replace("\\\n", " ").splitlines():
-            lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars="|&;<>")
-            lexer.whitespace_split = True
-            words: list[str] = []
-            for word in [*lexer, ";"]:
-                if not set(word) <= set("|&;<>"):
-                    words.append(word)
-                    continue
-                while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-                    words.pop(0)
-                if words and words[0] in PROGRAMS:
-                    yield Command(page, tuple(words))
-                words = []
-
-
-DOCUMENTED = sorted(
-    {command for page in PAGES for command in commands_in(page, (ROOT / page).read_text())}
-)
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -103,8 +68,8 @@ def test_documented_command_parses(command: Command) -> None:
 def test_commands_are_found_and_broken_ones_noticed() -> None:
     """Guards the guard."""
     assert DOCUMENTED
-    text = "```bash\n$ A=1 make test && carillon runs \\\n  list  # x\nls; torchrun a.py\n```\n"
-    found = [command.words for command in commands_in(Path("x.md"), text)]
+    text = "$ A=1 make test && .venv/bin/carillon runs \\\n  list  # x\nls; torchrun a.py\n"
+    found = [command.words for command in commands_in(Path("x.md"), f"```bash\n{text}```\n")]
     assert found == [("make", "test"), ("carillon", "runs", "list"), ("torchrun", "a.py")]
     assert "no make target nothing" in problem(("make", "nothing"))
     assert "invalid choice" in problem(("carillon", "nothing"))
@@ -115,14 +80,19 @@ def test_commands_are_found_and_broken_ones_noticed() -> None:
     assert problem(("torchrun", "recipes/train.py", "--config", "recipes/X.yaml")) == ""
 
 
-@pytest.mark.parametrize("words", [command.words for command in cli.COMMANDS], ids=" ".join)
+ASKED_FOR_HELP = [*(command.words for command in cli.COMMANDS), *((noun,) for noun in cli.NOUNS)]
+
+
+@pytest.mark.parametrize("words", ASKED_FOR_HELP, ids=" ".join)
 def test_every_command_has_help_with_examples_that_parse(words: tuple[str, ...]) -> None:
     said = io.StringIO()
     arguments = [*words, "--help"]
     with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as stop:
         cli._parser(arguments).parse_args(arguments)
     assert stop.value.code == 0
-    examples = [line.strip() for line in said.getvalue().partition("examples:")[2].splitlines()]
+    described, _, examples_text = said.getvalue().partition("examples:")
+    assert len(described.split("\n\n")) > 2, "no description"
+    examples = [line.strip() for line in examples_text.splitlines()]
     lines = [re.split(r"\s{2,}", line)[0] for line in examples if line.startswith("carillon ")]
     assert lines, "no examples"
     assert [line for line in lines if carillon_problem(shlex.split(line)[1:])] == []

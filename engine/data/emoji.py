@@ -119,10 +119,11 @@ def build_emoji(
         if dataset.manifest.source == source:
             return dataset
         raise UserError(f"{out} was built with other settings. Give --out or --overwrite.")
-    folder = locate_packages(sources, data)
-    names = read_names(folder, sources, languages)
-    pictures = read_pictures(folder, sources, names)
+    # Opened first: an `out` that cannot be written is told before anything is fetched.
     with ShardWriter(out, name="emoji", source=source, overwrite=overwrite) as writer:
+        folder = locate_packages(sources, data)
+        names = read_names(folder, sources, languages)
+        pictures = read_pictures(folder, sources, names)
         for picture, media in zip(pictures, _render_all(pictures, size, workers), strict=True):
             _write(writer, picture, media, names[picture.concept], sources)
     return open_dataset(out)

@@ -8,7 +8,6 @@ rename wins. An entry is an ordinary dataset.json whose shards have absolute pat
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import logging
 import os
@@ -18,8 +17,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from carillon.engine.config import UserError
 from carillon.engine.data.manifest import (
@@ -31,7 +28,7 @@ from carillon.engine.data.manifest import (
     read_manifest,
 )
 from carillon.engine.data.publish import publish_folder
-from carillon.engine.data.shard_index import IndexedTar, index_tar, rows_to_array
+from carillon.engine.data.shard_index import IndexedTar, index_bytes, index_tar
 from carillon.engine.data.shard_writer import write_synced
 
 PLAIN_SPLIT = "all"
@@ -136,7 +133,7 @@ def _cache_root() -> Path:
 
 
 def _entry_name(tars: Sequence[Path]) -> str:
-    digest = hashlib.sha256(b"2\n")  # the version of what an entry holds
+    digest = hashlib.sha256(b"3\n")  # the version of what an entry holds
     for tar in tars:
         stat = tar.stat()
         digest.update(f"{tar.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
@@ -173,14 +170,13 @@ def _build(tars: Sequence[Path], folder: Path) -> Manifest:
 
 
 def _write_index(path: Path, tar: Path, indexed: IndexedTar) -> ShardFile:
-    buffer = io.BytesIO()
-    np.save(buffer, rows_to_array(indexed.rows), allow_pickle=False)
-    write_synced(path, buffer.getvalue())
+    content = index_bytes(indexed.rows)
+    write_synced(path, content)
     return ShardFile(
         file=str(tar),
         size_bytes=indexed.size_bytes,
         sha256=indexed.sha256,
         num_samples=len(indexed.rows),
         index=path.name,
-        index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
+        index_sha256=hashlib.sha256(content).hexdigest(),
     )

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from carillon.engine.access import explained
 from carillon.engine.config import UserError
 from carillon.engine.data.decode.image import decode_rgb, picture_extension
 from carillon.engine.data.ingest_sources import (
@@ -195,9 +196,9 @@ def _check(options: IngestOptions, columns: Columns) -> None:
 
 def _check_apart(out: Path, sources: Sequence[str]) -> None:
     """A set is never written over, around or into what it is made of."""
-    place = out.resolve()
+    place = Path(os.path.realpath(out))  # resolve() raises for links that lead in a circle
     for given in sources:
-        source = Path(given).resolve()
+        source = Path(os.path.realpath(given))
         if source == place:
             relation = "is"
         elif place in source.parents:
@@ -229,7 +230,7 @@ def _items(
                     keys.add(key)
                     yield entry
         except OSError as error:
-            raise UserError(f"{given} cannot be read: {error.strerror or error}") from None
+            raise UserError(f"{given} cannot be read: {explained(error)}") from None
 
 
 def key_of(item: Item) -> str:

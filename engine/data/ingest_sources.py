@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from carillon.engine.access import explained
 from carillon.engine.config import UserError
 from carillon.engine.data.index_cache import refuse_remote
 from carillon.engine.data.ingest_tables import TABLE_READERS, Row, RowReader
@@ -114,7 +115,7 @@ def _read_folder(root: Path, language: str, allow_outside: bool) -> Iterator[Ite
 
 
 def _raise(error: OSError) -> None:
-    raise UserError(f"{error.filename} cannot be read: {error.strerror}")
+    raise UserError(f"{error.filename} cannot be read: {explained(error)}")
 
 
 def _read_neighbours(
@@ -144,7 +145,7 @@ def _inside(root: Path, image: str, allow_outside: bool) -> Path:
     refuse_remote(image)
     if "\0" in image:
         raise ValueError("the path holds a NUL byte")
-    path = (root / image).resolve()
+    path = Path(os.path.realpath(root / image))  # resolve() raises for links in a circle
     if not allow_outside and not path.is_relative_to(root.resolve()):
         raise ValueError(f"the path leaves {root}; pass --allow-outside to permit that")
     if not path.is_file():

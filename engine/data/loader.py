@@ -4,15 +4,19 @@ The dataset maps a global position to a finished sample, purely: row by `SampleO
 and caption by a generator keyed with the position. Workers are therefore stateless, the loader's
 whole state is the next position, and any world size, worker count or restart yields the same
 stream. A bad sample is replaced by a drawn one, reported with its key and reason, and counted; past
-`max_bad_share` the run stops. Caption rule: a language among those allowed that the picture has, by
-weight (1 unless set), then one of its captions uniformly.
+`max_bad_share` the run stops. A sound picture without a caption that the settings allow is
+filtered: replaced the same way, counted apart, and no fault. Trade-off: nothing lists the rows that
+qualify, so start-up stays independent of their number, and a set of which one row in a hundred does
+costs a hundred reads a sample. Caption rule: a language among those allowed that the picture has,
+by weight (1 unless set), then one of its captions uniformly.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator, Iterator, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,7 +39,11 @@ from carillon.engine.data.transforms import (
 )
 
 MAX_BATCH_SIZE = 1_000_000  # the largest published ones are below 200,000
-_MAX_STAND_INS = 20  # a set this damaged has passed any sensible max_bad_share long before
+_MAX_BAD = 20  # at one position; a set this damaged is past any sensible max_bad_share
+# Rows tried at one position. Where one in a hundred qualifies, all of them fail at one position in
+# 10^21; where none does, that is told after the second or so that reading them takes.
+_MAX_DRAWS = 5000
+_MAX_NAMED = 20  # languages in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +71,9 @@ class FilterConfig:
     """`data.filters`."""
 
     nsfw: bool = setting(False, "Drop pictures that the curation stage scored unsafe.")
-    lang_allow: tuple[str, ...] = setting((), "Languages of captions to use; empty: all.")
+    lang_allow: tuple[str, ...] = setting(
+        (), "Languages of captions to use; pictures with none are passed over; empty: all."
+    )
 
     def check(self) -> Iterator[str]:
         if self.nsfw:
@@ -153,7 +163,8 @@ class Batch(NamedTuple):
     """One process's share of a global batch, in position order.
 
     Shapes: images (B, S, S, 3) uint8, tokens (B, L) int64, lengths (B,) int64.
-    `bad` holds (key, reason) of the samples that were replaced.
+    `bad` holds (key, reason) of the bad samples that were replaced, `num_filtered` says how many
+    sound ones were.
     """
 
     images: Tensor
@@ -162,6 +173,7 @@ class Batch(NamedTuple):
     keys: list[str]
     languages: list[str]
     bad: list[tuple[str, str]]
+    num_filtered: int = 0
 
     def to(self, device: torch.device) -> Batch:
         return self._replace(
@@ -207,6 +219,13 @@ def open_split(config: DataConfig) -> Split:
     return open_training(config)[1]
 
 
+class _FilteredSample(Exception):
+    """A sound sample of which the settings allow no caption."""
+
+    def __init__(self, languages: Iterable[str]) -> None:
+        self.languages = tuple(languages)
+
+
 class PositionedSamples(Dataset[Any]):
     """Global position -> training sample, as a pure function."""
 
@@ -243,23 +262,51 @@ class PositionedSamples(Dataset[Any]):
         where = np.asarray(positions, dtype=np.int64)
         rows = self.held_out.training_row(self.order.rows(where))
         bad: list[tuple[str, str]] = []
-        samples = [self._sample(int(p), int(r), bad) for p, r in zip(where, rows, strict=True)]
+        drawn = [self._sample(int(p), int(r), bad) for p, r in zip(where, rows, strict=True)]
+        samples = [sample for sample, _ in drawn]
         tokens, lengths = self.tokenizer.encode([s.caption for s in samples], self.context)
         images = torch.from_numpy(np.stack([sample.image for sample in samples]))
         keys = [sample.key for sample in samples]
-        return Batch(images, tokens, lengths, keys, [s.language for s in samples], bad)
+        languages = [sample.language for sample in samples]
+        num_filtered = sum(filtered for _, filtered in drawn)
+        return Batch(images, tokens, lengths, keys, languages, bad, num_filtered)
 
-    def _sample(self, position: int, row: int, bad: list[tuple[str, str]]) -> TrainingSample:
-        for attempt in range(_MAX_STAND_INS):
+    def _sample(
+        self, position: int, row: int, bad: list[tuple[str, str]]
+    ) -> tuple[TrainingSample, int]:
+        """The sample at a position and how many filtered rows it stands in for; bad ones are added
+        to `bad`."""
+        num_bad = num_filtered = 0
+        languages: Counter[str] = Counter()
+        for attempt in range(_MAX_DRAWS):
             try:
-                return self._read(position, row)
+                return self._read(position, row), num_filtered
+            except _FilteredSample as sample:
+                num_filtered += 1
+                languages.update(sample.languages)
             except SampleError as error:
+                num_bad += 1
                 bad.append((error.key, error.reason))
+            if num_bad == _MAX_BAD:
+                raise UserError(
+                    f"{_MAX_BAD} samples in a row are bad, the last {bad[-1][0]}: {bad[-1][1]}; "
+                    "is this the right data set?"
+                )
             drawn = np.array([self.order.replacement(position, attempt)])
             row = int(self.held_out.training_row(drawn)[0])
-        raise UserError(
-            f"{_MAX_STAND_INS} samples in a row are bad, the last {bad[-1][0]}: {bad[-1][1]}; "
-            "is this the right data set?"
+        raise self._none_qualifies(num_filtered, languages)
+
+    def _none_qualifies(self, num_filtered: int, languages: Counter[str]) -> UserError:
+        weights, allowed = self.config.language_weights, self.config.filters.lang_allow
+        wanted = ", ".join(language for language in allowed if weights.get(language, 1.0) > 0)
+        found = ", ".join(language for language, _ in languages.most_common(_MAX_NAMED))
+        more = len(languages) - _MAX_NAMED
+        return UserError(
+            f"none of {num_filtered:,} rows drawn has a caption in "
+            f"{wanted or 'a language of weight above 0'}; they have captions in {found}"
+            f"{f' and {more} more' if more > 0 else ''}. Choose other languages "
+            "(data.filters.lang_allow, data.language_weights), or a set of which at least one row "
+            "in a hundred has them."
         )
 
     def _read(self, position: int, row: int) -> TrainingSample:
@@ -275,12 +322,14 @@ class PositionedSamples(Dataset[Any]):
 
     def _choose_caption(self, raw: RawSample, generator: np.random.Generator) -> tuple[str, str]:
         allowed = self.config.filters.lang_allow
-        captions = raw.meta.get("captions", {})
-        languages = sorted(c for c in captions if captions[c] and (not allowed or c in allowed))
+        captions = {c: texts for c, texts in raw.meta.get("captions", {}).items() if texts}
+        if not captions:
+            raise SampleError(raw.key, "no caption in any language")
+        languages = sorted(c for c in captions if not allowed or c in allowed)
         weights = [self.config.language_weights.get(language, 1.0) for language in languages]
         total = sum(weights)
-        if not languages or total <= 0:
-            raise SampleError(raw.key, f"no caption in {', '.join(allowed) or 'any language'}")
+        if total <= 0:
+            raise _FilteredSample(captions)
         pick = np.searchsorted(np.cumsum(weights), generator.random() * total, side="right")
         language = languages[min(int(pick), len(languages) - 1)]
         texts = captions[language]
@@ -303,7 +352,7 @@ class _LocalPositions:
 
 
 class TrainingLoader:
-    """Batches of this process from `position` on; its state is that position and the bad counts."""
+    """Batches of this process from `position` on; its state is that position and the counts."""
 
     def __init__(
         self, samples: PositionedSamples, *, rank: int, world_size: int, device: torch.device
@@ -313,6 +362,7 @@ class TrainingLoader:
         self.position = 0
         self.num_read = 0
         self.num_bad = 0
+        self.num_filtered = 0
 
     def __iter__(self) -> Generator[Batch, None, None]:
         """Batches without end; close it, or its workers outlive an error that keeps its frame."""
@@ -336,23 +386,38 @@ class TrainingLoader:
             self.position += config.batch_size
             self.num_read += len(batch.keys)
             self.num_bad += len(batch.bad)
+            self.num_filtered += batch.num_filtered
             yield batch
 
-    def check_bad_share(self, num_bad: int, num_read: int) -> None:
-        """Raise UserError once the run's bad share passes the limit (judged from 200 reads on)."""
+    def check_bad_share(self, *, num_bad: int, num_read: int, num_filtered: int = 0) -> None:
+        """Raise UserError once the run's bad share passes the limit (judged from 200 reads on).
+
+        Filtered samples were read and are sound: damage that the search for the few that qualify
+        comes across is no larger a share than it is of the set.
+        """
         limit = self.samples.config.max_bad_share
-        if num_read >= 200 and num_bad > limit * (num_read + num_bad):
+        num_sound = num_read + num_filtered
+        if num_sound >= 200 and num_bad > limit * (num_sound + num_bad):
             raise UserError(
-                f"{num_bad} of {num_read + num_bad} samples read are bad, more than "
+                f"{num_bad} of {num_sound + num_bad} samples read are bad, more than "
                 f"data.max_bad_share={limit:g}; see the log for keys and reasons"
             )
 
+    def counts(self) -> dict[str, int]:
+        """What this process read so far: samples used, bad ones and filtered ones."""
+        return {
+            "num_read": self.num_read,
+            "num_bad": self.num_bad,
+            "num_filtered": self.num_filtered,
+        }
+
     def state_dict(self) -> dict[str, int]:
-        return {"position": self.position, "num_read": self.num_read, "num_bad": self.num_bad}
+        return {"position": self.position, **self.counts()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = int(state["position"])
         self.num_read, self.num_bad = int(state["num_read"]), int(state["num_bad"])
+        self.num_filtered = int(state["num_filtered"])
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -14,16 +14,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from carillon.engine.access import explained
 from carillon.engine.config import UserError
 
 MANIFEST_NAME = "dataset.json"
 FORMAT = "carillon-shards"
-VERSION = 1
+VERSION = 2  # 2: every row of an index has its own checksum
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFile:
-    """One tar and its index; names are relative to the manifest's folder."""
+    """One tar and its index; names are relative to the manifest's folder.
+
+    `sha256` and `index_sha256` are of the whole files, recorded for whoever compares copies
+    (`sha256sum`): reading checks the parts it uses by their own CRC-32, whatever the files' sizes.
+    """
 
     file: str
     size_bytes: int
@@ -95,14 +100,17 @@ def read_manifest(path: Path, *, absolute_files: bool = False) -> Manifest:
         checksum = content.pop("checksum")
         intact = checksum == _checksum(content)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path} cannot be read: {explained(error)}") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged or no data set. Build or copy it again.") from None
     if not intact:
         raise UserError(f"{path} does not match its checksum. Build or copy the set again.")
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         given = f"{content.get('format')} version {content.get('version')}"
-        raise UserError(f"{path} is {given}; this version reads {FORMAT} version {VERSION}")
+        raise UserError(
+            f"{path} is {given}; this version reads {FORMAT} version {VERSION}. Build the set "
+            "again, by the command that made it with --overwrite."
+        )
     try:
         manifest = _parse(content)
     except (KeyError, TypeError, AttributeError):

@@ -1,8 +1,9 @@
-"""Puts a finished folder under its final name, and refuses names that hold something else.
+"""Puts what is finished under its final name, and refuses names that hold something else.
 
-A folder is replaced only when it is of the kind that takes its place: nothing that a user keeps
-can be lost to a mistyped `--out`. The check runs before the work and again right before the rename,
-since hours may lie between. Left out: locks; of two writers of one name the last is kept.
+A file takes the place of a file alone. A folder is replaced only when it is of the kind that takes
+its place: nothing that a user keeps can be lost to a mistyped `--out`. The check runs before the
+work and again right before the rename, since hours may lie between. Left out: locks; of two writers
+of one name the last is kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from carillon.engine.access import explained
 from carillon.engine.config import UserError
 
 
@@ -41,6 +43,32 @@ def json_of(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def publish_file(out: Path, data: bytes, *, parents: bool = False) -> None:
+    """Write a file whole or not at all, with `parents` in a folder made when it is not there.
+
+    Raises UserError when it cannot be written, or something else than a file stands there: a rename
+    would put the file in the place of a device.
+    """
+    if os.path.lexists(out) and not out.is_file():
+        kind = "a folder" if out.is_dir() else "no ordinary file"
+        raise UserError(f"{out} is {kind}; name a file")
+    place = Path(os.path.realpath(out))  # a link stays, what it leads to is replaced
+    partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    try:
+        if parents:
+            place.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(place)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {explained(error)}") from None
+    finally:
+        if os.path.lexists(partial):
+            partial.unlink()
 
 
 def publish_folder(folder: Path, out: Path) -> None:

@@ -1,27 +1,28 @@
-"""The index of one tar shard: a numpy row per sample with byte offsets, sizes and a CRC-32.
+"""The index of one tar shard: a row per sample with byte offsets, sizes and CRC-32s.
 
-With it a sample is one positioned read, whatever the shard's size. Rows are stored as `.npy`
-without pickles, checked whole once, then read one by one. `index_tar` builds the rows of a foreign
-WebDataset shard: consecutive members that share the name up to the first dot are one sample.
-Members whose name leaves the folder, links, pickles and code are ignored and counted, never opened.
-The CRC finds damage, not forgery; the manifest's SHA-256 stands for the whole file.
+With it a sample is one positioned read, whatever the shard's size. An index is an `.npy` file for
+whoever wants to look into it; here nothing is parsed. Its header follows from the number of rows
+and the file's size and must be that to the byte; each row ends with a CRC-32 of itself, checked
+when the row is read. So opening and reading are O(1), whatever the number of rows, and a flipped
+bit anywhere is found before what it says is used. The CRCs find damage, not forgery; the manifest's
+SHA-256 stands for the whole file.
+`index_tar` builds the rows of a foreign WebDataset shard: consecutive members that share the name
+up to the first dot are one sample. Members whose name leaves the folder, links, pickles and code
+are ignored and counted, never opened.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import io
 import os
 import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
+from carillon.engine.access import explained
 from carillon.engine.config import UserError
 from carillon.engine.data.tar_members import TarError, TarMember, iter_members
 
@@ -34,6 +35,10 @@ MEDIA_EXTENSIONS = (
     *("mp4", "webm", "mkv"),
 )
 _META_EXTENSIONS = ("json", "txt")
+_HEADER_BYTES = 320  # the same for every index: the longest key and number of rows fit
+_CRC_BYTES = 4  # row_crc32, over the bytes of the row before it
+_FIELDS = [("media_offset", "<u8"), ("media_size", "<u4"), ("meta_offset", "<u8")]
+_FIELDS += [("meta_size", "<u4"), ("crc32", "<u4"), ("meta_kind", "|u1"), ("row_crc32", "<u4")]
 
 
 class IndexRow(NamedTuple):
@@ -57,55 +62,82 @@ class IndexedTar(NamedTuple):
     size_bytes: int
 
 
-def rows_to_array(rows: Sequence[IndexRow]) -> np.ndarray[Any, Any]:
-    """Pack rows into the structured array that is stored."""
-    width = max((len(row.key) for row in rows), default=1)
-    return np.array([tuple(row) for row in rows], dtype=_row_dtype(width))
+def index_bytes(rows: Sequence[IndexRow]) -> bytes:
+    """The content of an index file."""
+    key_width = max((len(row.key) for row in rows), default=1)
+    packed = _packed(key_width)
+    content = bytearray(index_header(key_width, len(rows)))
+    for row in rows:
+        data = packed.pack(*row)
+        content += data + zlib.crc32(data).to_bytes(_CRC_BYTES, "little")
+    return bytes(content)
 
 
-def _row_dtype(key_width: int) -> np.dtype[Any]:
-    dtype = [("key", f"S{key_width}"), ("media_offset", "<u8"), ("media_size", "<u4")]
-    dtype += [("meta_offset", "<u8"), ("meta_size", "<u4"), ("crc32", "<u4"), ("meta_kind", "u1")]
-    return np.dtype(dtype)
+def index_header(key_width: int, num_rows: int) -> bytes:
+    """The header of an index file: version 1.0 of numpy's format, padded to one length."""
+    descr = [("key", f"|S{key_width}"), *_FIELDS]
+    text = repr({"descr": descr, "fortran_order": False, "shape": (num_rows,)}).encode()
+    prefix = b"\x93NUMPY\x01\x00" + struct.pack("<H", _HEADER_BYTES - 10)
+    return prefix + text.ljust(_HEADER_BYTES - 11) + b"\n"
 
 
-class RowLayout:
-    """Where the rows of a checked index lie in its file; reads one by a positioned read."""
-
-    def __init__(self, offset: int, num_rows: int, key_width: int) -> None:
-        self.num_rows = num_rows
-        self._offset = offset
-        self._packed = struct.Struct(f"<{key_width}sQIQIIB")
-
-    def read(self, fd: int, number: int) -> IndexRow:
-        """Row `number` of the index open as `fd`. Raises OSError when the file has shrunk."""
-        data = os.pread(fd, self._packed.size, self._offset + number * self._packed.size)
-        if len(data) < self._packed.size:
-            raise OSError(errno.EIO, "its index is cut short")
-        key, *rest = self._packed.unpack(data)
-        return IndexRow(key.rstrip(b"\0"), *rest)
+def _packed(key_width: int) -> struct.Struct:
+    """A row but for its own CRC."""
+    return struct.Struct(f"<{key_width}sQIQIIB")
 
 
-def check_index(path: Path, content: bytes, *, shard_size_bytes: int) -> RowLayout:
-    """Check that the content of an index file is one and stays inside its shard.
+class IndexReader:
+    """An open index; reads a row by one positioned read and checks it before it is used.
 
-    Raises UserError when it is not an index, holds pickles, or points outside the shard.
+    Raises UserError naming the file: at once when it cannot be opened or is no index of `num_rows`
+    rows, at a row that is damaged or points outside its shard.
     """
-    try:
-        rows = np.load(io.BytesIO(content), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"the index {path} cannot be read: {error}") from None
-    names = rows.dtype.names == IndexRow._fields
-    if rows.ndim != 1 or not names or rows.dtype != _row_dtype(rows.dtype["key"].itemsize):
-        raise UserError(f"the index {path} is not a shard index")
-    for part in ("media", "meta"):
-        ends = rows[f"{part}_offset"] + rows[f"{part}_size"].astype(np.uint64)
-        if len(rows) and (
-            int(ends.max()) > shard_size_bytes
-            or int(rows[f"{part}_offset"].max()) > shard_size_bytes
-        ):
-            raise UserError(f"the index {path} points past the end of its shard")
-    return RowLayout(len(content) - rows.nbytes, len(rows), rows.dtype["key"].itemsize)
+
+    def __init__(self, path: Path, *, num_rows: int, shard_size_bytes: int) -> None:
+        self._path, self._shard_size_bytes = path, shard_size_bytes
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"the index {path} cannot be read: {explained(error)}") from None
+        self._packed = _packed(self._key_width(num_rows))
+
+    def row(self, number: int) -> IndexRow:
+        size = self._packed.size
+        data = self._read(size + _CRC_BYTES, _HEADER_BYTES + number * (size + _CRC_BYTES))
+        if zlib.crc32(data[:size]).to_bytes(_CRC_BYTES, "little") != data[size:]:
+            raise self._refused(f"does not match its checksum at row {number:,}")
+        key, *rest = self._packed.unpack_from(data)
+        row = IndexRow(key.rstrip(b"\0"), *rest)
+        ends = row.media_offset + row.media_size, row.meta_offset + row.meta_size
+        if max(ends) > self._shard_size_bytes:
+            raise self._refused(f"points past the end of its shard at row {number:,}")
+        return row
+
+    def _key_width(self, num_rows: int) -> int:
+        """The width that follows from the file's size, once the header is found to say the same."""
+        rows_bytes = os.fstat(self._fd).st_size - _HEADER_BYTES
+        row_bytes, rest = divmod(rows_bytes, max(num_rows, 1))
+        key_width = row_bytes - _packed(0).size - _CRC_BYTES
+        if rest or not 1 <= key_width <= MAX_KEY_BYTES:
+            raise self._refused(f"is truncated or altered: it does not hold {num_rows:,} rows")
+        if self._read(_HEADER_BYTES, 0) != index_header(key_width, num_rows):
+            raise self._refused(
+                f"does not match its checksum: its header is not of {num_rows:,} rows"
+            )
+        return key_width
+
+    def _read(self, size: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._fd, size, offset)
+        except OSError as error:
+            raise UserError(f"the index {self._path} cannot be read: {explained(error)}") from None
+
+    def _refused(self, reason: str) -> UserError:
+        return UserError(f"the index {self._path} {reason}. Copy or build the set again.")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
 
 
 def index_tar(path: Path) -> IndexedTar:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -21,8 +20,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
-
-import numpy as np
 
 from carillon.engine.config import UserError
 from carillon.engine.data.manifest import (
@@ -40,7 +37,7 @@ from carillon.engine.data.shard_index import (
     MAX_KEY_BYTES,
     MEDIA_EXTENSIONS,
     IndexRow,
-    rows_to_array,
+    index_bytes,
     safe_name,
 )
 from carillon.engine.data.tar_members import BLOCK
@@ -70,17 +67,15 @@ class _OpenTar:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        buffer = io.BytesIO()
-        np.save(buffer, rows_to_array(self.rows), allow_pickle=False)
-        index = self.path.with_suffix(".index.npy")
-        write_synced(index, buffer.getvalue())
+        index, content = self.path.with_suffix(".index.npy"), index_bytes(self.rows)
+        write_synced(index, content)
         return ShardFile(
             file=self.path.name,
             size_bytes=self.size_bytes,
             sha256=self._sha256.hexdigest(),
             num_samples=len(self.rows),
             index=index.name,
-            index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
+            index_sha256=hashlib.sha256(content).hexdigest(),
         )
 
     def abandon(self) -> None:

@@ -1,17 +1,17 @@
 """Data sets on disk: tar shards with WebDataset naming, read by row number.
 
-A row is one bisection, one index row and one positioned read; the CRC-32 of what was read is
-checked before it is used. Opening reads the manifest and stats the shards: O(shards). An index
-is checked whole, by SHA-256 and content, at the first touch of its shard by a process. Splits hold
-no open file until they are read, so they can be pickled, forked and spawned. At most so many shards
-stay open; random rows of more shards than that cost two `open` calls each.
+A row is one bisection, one index row and one positioned read; the CRC-32 of both is checked before
+they are used. Opening reads the manifest and stats the shards: O(shards). Nothing is ever read
+whole, so start-up does not grow with the samples of a shard; an index is checked by its header when
+its shard is first touched, and row by row from then on. Splits hold no open file until they are
+read, so they can be pickled, forked and spawned. At most so many shards stay open; random rows of
+more shards than that cost two `open` calls each.
 Plain WebDataset tars are indexed once into a cache folder (index_cache.py) and then read alike.
 Left out: object stores, and writing into a finished set.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import zlib
 from bisect import bisect_right
@@ -32,13 +32,7 @@ from carillon.engine.data.manifest import (
     read_manifest,
 )
 from carillon.engine.data.samples import RawSample, SampleError, parse_meta, parse_text_meta
-from carillon.engine.data.shard_index import (
-    JSON_META,
-    TEXT_META,
-    IndexRow,
-    RowLayout,
-    check_index,
-)
+from carillon.engine.data.shard_index import JSON_META, TEXT_META, IndexReader, IndexRow
 from carillon.engine.data.shard_writer import ShardWriter
 
 __all__ = ["Dataset", "RawSample", "SampleError", "ShardWriter", "Split", "open_dataset"]
@@ -48,21 +42,15 @@ _MAX_GAP_BYTES = 8192  # media and meta closer than this are fetched by one read
 
 
 class _OpenShard:
-    """Descriptors of a tar and its index; closed when the last reader lets go."""
+    """A tar and its index; closed when the last reader lets go."""
 
-    def __init__(self, tar: Path, index: Path, layout: RowLayout) -> None:
-        self._layout = layout
-        self._opened: list[int] = []
-        for path in (tar, index):
-            self._opened.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        self.fd, self._index_fd = self._opened
-
-    def row(self, local: int) -> IndexRow:
-        return self._layout.read(self._index_fd, local)
+    def __init__(self, tar: Path, index: IndexReader) -> None:
+        self.index = index
+        self.fd = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        for fd in self._opened:
-            os.close(fd)
+        if hasattr(self, "fd"):
+            os.close(self.fd)
 
 
 class Split:
@@ -74,13 +62,12 @@ class Split:
         self._shards = files.shards
         self._ends = list(accumulate(shard.num_samples for shard in files.shards))
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._layouts: dict[int, RowLayout] = {}
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict(), "_layouts": {}}
+        return {**self.__dict__, "_open": OrderedDict()}
 
     def key(self, row: int) -> str:
         """The sample's key, from the index alone."""
@@ -91,7 +78,7 @@ class Split:
         """Read one sample.
 
         Raises SampleError when its bytes are damaged or its text cannot be used, UserError when
-        the whole shard cannot be read, IndexError for a row outside [0, len).
+        its shard or index cannot be read, IndexError for a row outside [0, len).
         """
         number, local = self._locate(row)
         shard, at = self._row(number, local)
@@ -120,29 +107,24 @@ class Split:
 
     def _row(self, number: int, local: int) -> tuple[_OpenShard, IndexRow]:
         shard = self._open.get(number)
-        try:
-            if shard is None:
-                shard = self._open_shard(number)
-                self._open[number] = shard
-                while len(self._open) > _MAX_OPEN_SHARDS:
-                    self._open.popitem(last=False)
-            return shard, shard.row(local)
-        except OSError as error:
-            raise self._unreadable(number, error) from None
+        if shard is None:
+            shard = self._open_shard(number)
+            self._open[number] = shard
+            while len(self._open) > _MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return shard, shard.index.row(local)
 
     def _open_shard(self, number: int) -> _OpenShard:
         entry = self._shards[number]
-        index = self._folder / entry.index
-        layout = self._layouts.get(number)
-        if layout is None:
-            content = _read_checked(index, entry.index_sha256)
-            layout = check_index(index, content, shard_size_bytes=entry.size_bytes)
-            if layout.num_rows != entry.num_samples:
-                raise UserError(
-                    f"{index} has {layout.num_rows} rows, dataset.json says {entry.num_samples}"
-                )
-            self._layouts[number] = layout
-        return _OpenShard(self._folder / entry.file, index, layout)
+        index = IndexReader(
+            self._folder / entry.index,
+            num_rows=entry.num_samples,
+            shard_size_bytes=entry.size_bytes,
+        )
+        try:
+            return _OpenShard(self._folder / entry.file, index)
+        except OSError as error:
+            raise self._unreadable(number, error) from None
 
     def _unreadable(self, number: int, error: OSError) -> UserError:
         path = self._folder / self._shards[number].file
@@ -193,16 +175,6 @@ def _check_size(path: Path, shard: ShardFile) -> None:
             f"the shard {path} is truncated or altered: {size_bytes:,} bytes where dataset.json "
             f"says {shard.size_bytes:,}. Copy or build the set again."
         )
-
-
-def _read_checked(path: Path, sha256: str) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"the index {path} is missing: {error.strerror}") from None
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"the index {path} does not match its checksum. Copy or build it again.")
-    return content
 
 
 def _read_parts(fd: int, row: IndexRow) -> tuple[bytes, bytes]:

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from carillon.engine.config import UserError, setting
+from carillon.engine.access import explained
+from carillon.engine.config import UserError, changed, setting
+from carillon.engine.data.publish import publish_file
 from carillon.engine.data.shards import SampleError, Split, open_dataset
 
 MIN_VOCAB_SIZE, MAX_VOCAB_SIZE = 300, 1_000_000  # 256 bytes and the specials; ids stay small
@@ -50,6 +51,11 @@ class TokenizerConfig:
     max_captions: int = setting(
         2_000_000, "Captions read to train a tokenizer for the run.", min=1, max=1_000_000_000
     )
+
+    def check(self) -> Iterator[str]:
+        unused = changed(self, "vocab_size", "max_captions")
+        if unused and self.path is not None:
+            yield f"path: a given tokenizer is not trained, so drop {' and '.join(unused)}, or path"
 
 
 class Tokenizer:
@@ -79,12 +85,12 @@ class Tokenizer:
     def load(cls, path: str | Path) -> Tokenizer:
         """Read a tokenizer.json (or a folder with one). Raises UserError when it cannot be used."""
         path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
+        path = path / "tokenizer.json" if os.path.isdir(path) else path
         try:
             text = path.read_text(encoding="utf-8")
             json.loads(text)
         except OSError as error:
-            raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from None
+            raise UserError(f"tokenizer {path} cannot be read: {explained(error)}") from None
         except ValueError:
             raise UserError(
                 f"tokenizer {path} is not a Hugging Face tokenizer.json; "
@@ -114,28 +120,9 @@ class Tokenizer:
         return cls(backend)
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all, in a folder made when it is not there.
-
-        Raises UserError when it cannot be written.
-        """
-        temporary: Path | None = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            prefix = f".{path.name}.partial-"
-            handle, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
-            temporary = Path(name)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self._backend.to_str(pretty=True) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UserError(f"the tokenizer {path} cannot be written: {reason}") from None
-        finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
+        """Write the file whole or not at all. Raises UserError when it cannot be written."""
+        text = self._backend.to_str(pretty=True) + "\n"
+        publish_file(path, text.encode(), parents=True)
 
     @property
     def fingerprint(self) -> str:
@@ -185,7 +172,8 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
-    train = actions.add_parser("train", help="learn a tokenizer from a data set's captions")
+    text = "learn a tokenizer from a data set's captions"
+    train = actions.add_parser("train", help=text, description=text)
     train.add_argument("data", help="a data set folder, or WebDataset tars")
     train.add_argument("--split", default=None, help="split to read (default: the first)")
     train.add_argument("--vocab-size", type=int, default=32_000, help="entries (default 32000)")
@@ -198,7 +186,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--out", type=Path, default=Path("tokenizer.json"), help="file (default tokenizer.json)"
     )
-    show = actions.add_parser("show", help="print the tokens of a text")
+    text = "print the tokens of a text"
+    show = actions.add_parser("show", help=text, description=text)
     show.add_argument("tokenizer", help="a tokenizer.json")
     show.add_argument("text", help="what to encode")
 
@@ -226,7 +215,7 @@ def _train(args: argparse.Namespace) -> int:
         )
     if args.max_captions < 1:
         raise UserError(f"--max-captions {args.max_captions}: at least 1 is needed")
-    if args.out.is_dir():
+    if os.path.isdir(args.out):
         raise UserError(f"--out {args.out} is a folder; give a file such as tokenizer.json")
     splits = open_dataset(args.data).splits
     name = args.split or next(iter(splits))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from carillon.engine.config import setting
+from carillon.engine.config import changed, setting
 from carillon.kernels.table import resolve
 
 Picture = NDArray[np.uint8]
@@ -51,6 +51,9 @@ class ImageAugmentConfig:
     def check(self) -> Iterator[str]:
         if self.max_scale < self.min_scale:
             yield f"max_scale: {self.max_scale:g} is less than min_scale ({self.min_scale:g})"
+        unused = changed(self, "min_scale", "max_scale", "max_aspect")
+        if unused and not self.randcrop:
+            yield f"randcrop: false leaves {', '.join(unused)} without effect; drop either"
 
 
 def train_transform(

@@ -8,7 +8,6 @@ see green. Left out: interaction and links (the SVG is not kept).
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
+from carillon.engine.data.publish import publish_file
 from carillon.engine.eval.fonts import FAMILY, choose_fonts
 from carillon.engine.eval.text_layout import directed, lines_of, shown
 
@@ -54,7 +54,8 @@ def picture_grid(
     """Write a PNG with one band per query: the query at the left, its pictures beside it.
 
     A query with more pictures than columns takes several lines.
-    Raises: ValueError when there is no row or columns is below 1.
+    Raises: ValueError when there is no row or columns is below 1, UserError when the file cannot be
+    written.
     """
     if not rows or columns < 1:
         raise ValueError(f"a picture grid needs rows and columns, got {len(rows)} and {columns}")
@@ -67,7 +68,8 @@ def picture_grid(
         top += height
     width = LEFT + columns * (TILE + GAP) + GAP
     png = _render("".join(parts), width, top + GAP, choose_fonts(texts, font_folders).files)
-    return _write(Path(path), png)
+    publish_file(Path(path), png, parents=True)
+    return Path(path)
 
 
 def _render(body: str, width: int, height: int, font_files: Sequence[str]) -> bytes:
@@ -85,17 +87,6 @@ def _render(body: str, width: int, height: int, font_files: Sequence[str]) -> by
             sans_serif_family=FAMILY,
         )
     )
-
-
-def _write(path: Path, png: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(png)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
 
 
 def _band(row: Row, top: int, columns: int) -> str:

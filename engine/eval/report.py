@@ -5,6 +5,7 @@ set's fixed order. Languages are left out only where no font on the machine can 
 Left out: live plots, for which TensorBoard is there.
 """
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 
 from carillon.engine.config import UserError
 from carillon.engine.data.decode.image import decode_image
+from carillon.engine.data.publish import publish_file
 from carillon.engine.eval.fonts import is_covered
 from carillon.engine.eval.picture import Found, Row, picture_grid
 from carillon.engine.eval.retrieval import unit_rows
@@ -43,7 +45,7 @@ def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
 def draw_loss(metrics: str | Path, path: str | Path) -> Path:
     """Draw loss, learning rate and, where there are any, retrieval means over steps.
 
-    Raises: UserError when the metrics hold no loss.
+    Raises: UserError when the metrics hold no loss, or the picture cannot be written.
     """
     series = read_metrics(metrics)
     if "loss" not in series:
@@ -80,9 +82,9 @@ def _draw_panels(panels: Sequence[tuple[str, Mapping[str, Any]]], path: Path) ->
         axes.spines[["top", "right"]].set_visible(False)
         if len(lines) > 1:
             axes.legend(fontsize=7, frameon=False)
-    partial = path.with_name(f".{path.name}.partial.png")
-    figure.savefig(partial, dpi=150)
-    partial.replace(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    publish_file(path, buffer.getvalue())
     return path
 
 

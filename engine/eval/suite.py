@@ -7,6 +7,7 @@ retrieval.png in the run. Left out: captioning, questions, grounding.
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from carillon.engine.config import UserError, section, setting
 from carillon.engine.data.loader import DataConfig
+from carillon.engine.data.publish import publish_file
 from carillon.engine.data.tokenizer import Tokenizer
 from carillon.engine.eval.scoring import (
     DIRECTIONS,
@@ -102,11 +104,13 @@ def evaluate_in_training(
     data: DataConfig,
     *,
     bf16: bool = False,
+    before_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """The shorter evaluation as flat metrics, `retrieval/SET/DIRECTION/METRIC`, means of languages.
 
     `retrieval/mean_r@10`, over sets and directions, is what keep-best compares. The model's
-    training mode is restored. Raises: as evaluate.
+    training mode is restored. `before_batch` is called before each batch of pictures or texts and
+    may end the evaluation by raising. Raises: as evaluate.
     """
     sets = in_training_sets(config, data)
     encoder = Encoder(
@@ -115,6 +119,7 @@ def evaluate_in_training(
         context=data.augment.text.max_len,
         bf16=bf16,
         batch_size=config.batch_size,
+        before_batch=before_batch,
     )
     was_training = model.training
     model.eval()
@@ -261,6 +266,11 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--max-queries {args.max_queries}: at least 2 pictures are needed")
     languages = tuple(code.strip() for code in args.languages.split(",") if code.strip())
     run = load_run(args.run, checkpoint=args.checkpoint)
+    if not os.access(run.path, os.W_OK):
+        raise UserError(
+            f"the folder {run.path} cannot be written, and the results go there; "
+            "evaluate a copy of it"
+        )
     extra = None
     if args.data is not None or args.split is not None:
         extra = RetrievalSetConfig(path=args.data, split=args.split)
@@ -283,10 +293,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write evaluation.json whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write evaluation.json whole or not at all. Raises: UserError when it cannot be written."""
+    publish_file(path, (json.dumps(results, ensure_ascii=False, indent=2) + "\n").encode())
 
 
 def record_results(run: "LoadedRun", results: Mapping[str, Any]) -> list[str]:

@@ -95,7 +95,9 @@ def _tracked(batches: Iterable[StoreBatch], total: int, label: str) -> Iterator[
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    # Elsewhere than on a terminal its end would leave an empty line.
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(label, total=total)
         for batch in batches:
             yield batch

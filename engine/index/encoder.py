@@ -9,7 +9,7 @@ Legend: B batch, D dims.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,6 +48,7 @@ class Encoder:
     """A model in evaluation mode with the tokenizer and the picture size that belong to it.
 
     `context` limits a text's tokens below the model's own limit, to what training has seen.
+    `before_batch` is called before each batch is encoded; what it raises ends the work there.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Encoder:
         context: int | None = None,
         bf16: bool = False,
         batch_size: int = 128,
+        before_batch: Callable[[], None] | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self._before_batch = before_batch or (lambda: None)
         self.dims = model.dims
         self.bf16, self.batch_size = bf16, batch_size
         self._size = model.vision.config.image_size
@@ -118,12 +121,14 @@ class Encoder:
 
     @torch.inference_mode()
     def _forward_pictures(self, pixels: list[np.ndarray]) -> Tensor:
+        self._before_batch()
         images = torch.from_numpy(np.stack(pixels)).to(self._device)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.bf16):
             return self.model.encode_image(normalize(images)).float().cpu()
 
     @torch.inference_mode()
     def _encode_texts(self, texts: list[str]) -> Tensor:
+        self._before_batch()
         tokens, lengths = self.tokenizer.encode(texts, self._context)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.bf16):
             vectors = self.model.encode_text(tokens.to(self._device), lengths.to(self._device))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from carillon.engine.access import explained
 from carillon.engine.config import UserError
 from carillon.engine.data.decode.image import decode_image
 from carillon.engine.data.samples import MAX_CAPTION_CHARS
@@ -170,7 +171,7 @@ def _query(args: argparse.Namespace) -> "str | np.ndarray":
     try:
         return decode_image(args.image.read_bytes())
     except OSError as error:
-        raise UserError(f"--image {args.image} cannot be read: {error.strerror}") from None
+        raise UserError(f"--image {args.image} cannot be read: {explained(error)}") from None
     except ValueError as error:
         raise UserError(f"--image {args.image}: {error}") from None
 
@@ -190,7 +191,4 @@ def _draw(path: Path, query: "str | np.ndarray", hits: list[Hit], split: Split) 
         for h in hits
     ]
     title = f"{len(hits)} pictures of {len(split):,}"
-    try:
-        return picture_grid(path, [Row(query, found)], title)
-    except OSError as error:
-        raise UserError(f"the grid {path} cannot be written: {error.strerror}") from None
+    return picture_grid(path, [Row(query, found)], title)

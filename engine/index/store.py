@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from carillon.engine.access import explained
 from carillon.engine.config import UserError
 from carillon.engine.data.publish import check_target, json_of, publish_folder
 
@@ -140,7 +141,7 @@ def write_store(
         check_target(out, "embedding store", _is_store, overwrite=overwrite)
         publish_folder(folder, out)
     except OSError as error:
-        raise UserError(f"the store {out} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"the store {out} cannot be written: {explained(error)}") from None
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

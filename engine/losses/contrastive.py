@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from carillon.engine.config import section, setting
+from carillon.engine.config import changed, section, setting
 from carillon.engine.models.towers.dual_encoder import DualFeatures
 from carillon.engine.parallel.collectives import gather_rows
 
@@ -33,6 +33,10 @@ class ContrastiveConfig:
     )
     bias: float = setting(-10.0, "Where the learned bias of the sigmoid loss starts.")
     weight: float = setting(1.0, "Weight of this loss.", min=0)
+
+    def check(self) -> Iterator[str]:
+        if self.kind == "softmax" and changed(self, "bias"):
+            yield f"bias: {self.bias:g} given, but only kind=sigmoid has a bias; drop either"
 
 
 @dataclass(frozen=True, kw_only=True)

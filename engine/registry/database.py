@@ -182,7 +182,10 @@ def _explanation(url: URL, message: str) -> str:
     for symptom, meaning in (
         ("locked", f"{where} is locked by another process: wait for it, or stop it"),
         ("readonly", f"{where} is read-only: make the file and its folder writable"),
-        ("unable to open", f"{where} cannot be opened: its folder must exist and be writable"),
+        (
+            "unable to open",
+            f"{where} cannot be opened: make it readable; its folder must exist and be writable",
+        ),
         ("not a database", f"{where} is no SQLite database: name another file, or move it away"),
         ("malformed", f"{where} is corrupt: restore a copy, or move it away to start a new one"),
         ("disk is full", f"{where} cannot be written, the disk is full: free some space"),

@@ -47,11 +47,14 @@ class Lineage:
 def trace(registry: Registry, checkpoint: str) -> Lineage:
     """Follows a checkpoint, given by its content hash, the hash's first digits or its folder.
 
+    A folder means the checkpoint that was put there last: that of a run trained anew has the same.
+
     Raises:
         RegistryError: no checkpoint, or several, answer to it.
     """
     with registry.reading() as session:
-        found = session.scalars(_matching(checkpoint)).all()
+        found = list(session.scalars(_matching(checkpoint)))
+        found = [row for row in found if row.uri == _folder(checkpoint)][-1:] or found
         if not found:
             raise RegistryError(
                 f"no checkpoint '{checkpoint}' is registered: give its folder or at least the "
@@ -91,8 +94,12 @@ def shards_of(details: dict[str, Any]) -> tuple[Shard, ...]:
     )
 
 
+def _folder(checkpoint: str) -> str:
+    return str(Path(checkpoint).absolute())
+
+
 def _matching(checkpoint: str) -> Select[CheckpointRow]:
-    by_folder = CheckpointRow.uri == str(Path(checkpoint).absolute())
+    by_folder = CheckpointRow.uri == _folder(checkpoint)
     is_hash = len(checkpoint) >= MIN_PREFIX and set(checkpoint) <= set("0123456789abcdef")
     if is_hash:
         by_hash = CheckpointRow.content_hash.startswith(checkpoint, autoescape=True)

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from carillon.engine.access import explained
 from carillon.engine.config import UserError
 
 MANIFEST = "manifest.json"
@@ -74,8 +75,10 @@ class Checkpoint:
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads((folder / name).read_bytes())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         value = None
+    except OSError as error:
+        raise UserError(f"{folder / name} cannot be read: {explained(error)}") from None
     if not isinstance(value, dict):
         raise UserError(_damaged(folder, name, "missing or not what was written"))
     return value

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from carillon.engine.config import UserError, config_hash, to_values
 from carillon.engine.data.loader import PositionedSamples, TrainingLoader, open_split, open_training
+from carillon.engine.data.shards import Dataset, Split
 from carillon.engine.data.tokenizer import Tokenizer, captions_of
 from carillon.engine.eval.report import draw_loss
 from carillon.engine.eval.suite import check_in_training, evaluate_in_training
@@ -35,7 +36,7 @@ from carillon.engine.train.run import (
     new_model,
     run_name,
 )
-from carillon.engine.train.stop import StopRequest
+from carillon.engine.train.stop import StopAsked, StopRequest
 from carillon.engine.train.trainer import Trainer
 
 EXIT_OK, EXIT_USER_ERROR, EXIT_STOPPED = 0, 2, 3
@@ -117,47 +118,7 @@ def _train_in(
     fresh: bool,
     stop: StopRequest,
 ) -> int:
-    # The main rank goes first: it may have to index plain tars, which the others then find.
-    on_main(world, lambda: open_split(config.data), share=False)
-    on_main(world, lambda: check_in_training(config.evaluation, config.data), share=False)
-    dataset, split = open_training(config.data)
-    tokenizer = _tokenizer(config, world, path)
-
-    def record() -> Checkpoint | None:
-        if folder is not None:
-            facts = describe_run(config, dataset, tokenizer)
-            folder.record(facts)
-        found = list_checkpoints(path / "checkpoints")
-        if found:
-            found[-1].verify()
-        return found[-1] if found else None
-
-    checkpoint = on_main(world, record)
-    vision = vision_config(config.model.vision_backbone, config.model.vision)
-    text = text_config(config.model.text_backbone, config.model.text)
-    samples = PositionedSamples(
-        split,
-        config.data,
-        tokenizer,
-        size=vision.image_size,
-        context=text.context,
-        seed=config.experiment.seed,
-    )
-    loader = TrainingLoader(
-        samples, rank=world.data_rank, world_size=world.degrees.data, device=world.device
-    )
-    model = apply_layout(new_model(config, tokenizer.vocab_size), config.distributed, world)
-    trainer = Trainer(
-        config,
-        world,
-        model=model,
-        loader=loader,
-        path=path,
-        evaluator=_evaluator(config, world, tokenizer),
-        stop=stop,
-    )
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
+    dataset, trainer = _prepare(config, world, path, folder, stop)
     if trainer.step >= trainer.num_steps:
         if world.is_main:
             logger.info("run %s is finished; train it anew with --fresh", path)
@@ -184,6 +145,53 @@ def _train_in(
         if recorder is not None:
             recorder.finish(status)
     return EXIT_OK if finished else EXIT_REQUEUE
+
+
+def _prepare(
+    config: RunConfig, world: World, path: Path, folder: RunFolder | None, stop: StopRequest
+) -> tuple[Dataset, Trainer]:
+    """The data and a trainer that stands where the run's last checkpoint left it."""
+    # The main rank goes first: it may have to index plain tars, which the others then find.
+    on_main(world, lambda: open_split(config.data), share=False)
+    on_main(world, lambda: check_in_training(config.evaluation, config.data), share=False)
+    dataset, split = open_training(config.data)
+    tokenizer = _tokenizer(config, world, path)
+
+    def record() -> Checkpoint | None:
+        if folder is not None:
+            folder.record(describe_run(config, dataset, tokenizer))
+        found = list_checkpoints(path / "checkpoints")
+        if found:
+            found[-1].verify()
+        return found[-1] if found else None
+
+    checkpoint = on_main(world, record)
+    trainer = Trainer(
+        config,
+        world,
+        model=apply_layout(new_model(config, tokenizer.vocab_size), config.distributed, world),
+        loader=_loader(config, world, split, tokenizer),
+        path=path,
+        evaluator=_evaluator(config, world, tokenizer, stop),
+        stop=stop,
+    )
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    return dataset, trainer
+
+
+def _loader(config: RunConfig, world: World, split: Split, tokenizer: Tokenizer) -> TrainingLoader:
+    samples = PositionedSamples(
+        split,
+        config.data,
+        tokenizer,
+        size=vision_config(config.model.vision_backbone, config.model.vision).image_size,
+        context=text_config(config.model.text_backbone, config.model.text).context,
+        seed=config.experiment.seed,
+    )
+    return TrainingLoader(
+        samples, rank=world.data_rank, world_size=world.degrees.data, device=world.device
+    )
 
 
 def _fit(
@@ -229,6 +237,8 @@ def _tokenizer(config: RunConfig, world: World, path: Path) -> Tokenizer:
     def prepare() -> None:
         own, wanted = path / "tokenizer.json", config.data.tokenizer
         if own.is_file():
+            if wanted.path is not None and Path(wanted.path).exists():
+                _same_tokenizer(path, Tokenizer.load(wanted.path), Tokenizer.load(own))
             return
         if wanted.path is not None:
             tokenizer = Tokenizer.load(wanted.path)
@@ -246,8 +256,18 @@ def _tokenizer(config: RunConfig, world: World, path: Path) -> Tokenizer:
     return Tokenizer.load(path / "tokenizer.json")
 
 
+def _same_tokenizer(run: Path, given: Tokenizer, own: Tokenizer) -> None:
+    """A file that has changed under its path would be another run; one that is gone would not."""
+    if given.fingerprint != own.fingerprint:
+        raise UserError(
+            f"data.tokenizer.path: the file is not the one that run {run} was trained with "
+            f"(fingerprint {given.fingerprint[:12]}, the run has {own.fingerprint[:12]}); "
+            "restore it, or start anew with --fresh"
+        )
+
+
 def _evaluator(
-    config: RunConfig, world: World, tokenizer: Tokenizer
+    config: RunConfig, world: World, tokenizer: Tokenizer, stop: StopRequest
 ) -> Callable[[int, Mapping[str, Tensor]], dict[str, float]]:
     """Scores whole weights on the main rank; the others go on and wait at the next collective."""
 
@@ -256,7 +276,17 @@ def _evaluator(
             return {}
         model = new_model(config, tokenizer.vocab_size).to(world.device)
         model.load_state_dict(dict(weights))
-        bf16 = config.distributed.precision == "bf16"
-        return evaluate_in_training(model, tokenizer, config.evaluation, config.data, bf16=bf16)
+        try:
+            return evaluate_in_training(
+                model,
+                tokenizer,
+                config.evaluation,
+                config.data,
+                bf16=config.distributed.precision == "bf16",
+                before_batch=stop.check,
+            )
+        except StopAsked:
+            logger.info("the evaluation at step %d is left: a signal asked to stop", step)
+            return {}
 
     return score

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from carillon.engine.config import section, setting
+from carillon.engine.config import changed, section, setting
 
 # Times the largest batch this stays far inside the int64 of positions.
 MAX_STEPS = 1_000_000_000
@@ -60,6 +60,10 @@ class OptimizationConfig:
             yield "steps: give either steps or epochs"
         if len(self.betas) != 2:
             yield f"betas: {len(self.betas)} values given, 2 are needed"
+        if self.ema_decay == 1:
+            yield "ema_decay: 1 never moves the average; give less, such as 0.999, or none"
+        if self.schedule == "constant" and changed(self, "min_lr_share"):
+            yield "min_lr_share: a constant schedule has no end to come down to; drop it"
         if self.steps is not None and self.warmup_steps > self.steps:
             yield f"warmup_steps: {self.warmup_steps} is more than steps ({self.steps})"
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from carillon.engine.config import Documented, UserError, documented
+from carillon.engine.data.publish import publish_file
 
 EXAMPLES = """examples:
   carillon config settings data.augment           one section
@@ -47,10 +48,7 @@ def main(args: argparse.Namespace) -> int:
     if args.out is None:
         print(page.strip())
         return 0
-    try:
-        args.out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from None
+    publish_file(args.out, page.encode())
     return 0
 
 

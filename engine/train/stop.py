@@ -2,7 +2,7 @@
 
 SIGTERM (Slurm's end of time, a preemption), SIGUSR1 (Slurm's warning before it) and the first
 Ctrl-C only set a flag, from the start of the command on; the training loop acts on it after its
-step. A second Ctrl-C interrupts at once.
+step, and an evaluation in training is left at its next batch. A second Ctrl-C interrupts at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 _KINDS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopAsked(Exception):
+    """Work that can be given up was left, since the process was asked to stop."""
 
 
 class StopRequest:
@@ -30,6 +34,11 @@ class StopRequest:
         finally:
             for kind, handler in before.items():
                 signal.signal(kind, handler)
+
+    def check(self) -> None:
+        """Raise StopAsked once a signal has come."""
+        if self.asked:
+            raise StopAsked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True

@@ -89,7 +89,7 @@ class Trainer:
         read_tensors(checkpoint, self._tensors(), partial=False)
         state = checkpoint.state
         self.step = int(state["step"])
-        counts = {} if self.world.is_main else {"num_read": 0, "num_bad": 0}
+        counts = {} if self.world.is_main else dict.fromkeys(self.loader.counts(), 0)
         self.loader.load_state_dict(state["loader"] | counts)
         self.guard.load_state_dict(state["guard"])
         self.best = {int(step): float(metric) for step, metric in state["best"].items()}
@@ -187,7 +187,7 @@ class Trainer:
             autocast=self._autocast,
         )
         norm = self._clip()
-        mean_loss, stop, num_bad, num_read = self._reduce(loss)
+        mean_loss, stop, counts = self._reduce(loss)
         rate = learning_rate(self.config.optimization, self.step, self.num_steps)
         verdict = self.guard.judge(mean_loss, norm)
         if verdict.skip:
@@ -201,30 +201,29 @@ class Trainer:
                 self.average.update(self.model)
         self.optimizer.zero_grad()
         self.guard.check()
-        self.loader.check_bad_share(num_bad, num_read)
+        self.loader.check_bad_share(**counts)
         values = {"loss": mean_loss, "lr": rate, "grad_norm": norm, "skipped": float(verdict.skip)}
-        epoch = self.loader.position / self.loader.samples.held_out.num_training
-        return values | {"epoch": epoch, "bad_samples": float(num_bad)}, stop
+        values["epoch"] = self.loader.position / self.loader.samples.held_out.num_training
+        values["bad_samples"] = float(counts["num_bad"])
+        values["filtered_samples"] = float(counts["num_filtered"])
+        return values, stop
 
     def _clip(self) -> float:
         limit = self.config.optimization.clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def _reduce(self, loss: Tensor) -> tuple[float, bool, int, int]:
-        """Mean loss, whether any rank was asked to stop, bad and read samples of all ranks."""
+    def _reduce(self, loss: Tensor) -> tuple[float, bool, dict[str, int]]:
+        """Mean loss, whether any rank was asked to stop, and the loader's counts of all ranks."""
+        counts = self.loader.counts()
         values = torch.tensor(
-            [
-                float(loss),
-                float(self._stop.asked),
-                self.loader.num_bad,
-                self.loader.num_read,
-            ],
+            [float(loss), float(self._stop.asked), *counts.values()],
             dtype=torch.float64,
             device=self.world.device,
         )
-        total = sum_over(values, self.world.data_group).tolist()
-        return total[0] / self.world.degrees.data, total[1] > 0, int(total[2]), int(total[3])
+        sum_of_losses, asked, *sums = sum_over(values, self.world.data_group).tolist()
+        total = dict(zip(counts, map(int, sums), strict=True))
+        return sum_of_losses / self.world.degrees.data, asked > 0, total
 
     def _autocast(self) -> AbstractContextManager[None]:
         if self.config.distributed.precision == "fp32":
@@ -324,7 +323,7 @@ class Trainer:
 
     def _loader_state(self) -> dict[str, int]:
         """The position, and the counts of all ranks: the next run may have other ranks."""
-        state = self.loader.state_dict()
-        counts = torch.tensor([state["num_read"], state["num_bad"]], device=self.world.device)
-        read, bad = sum_over(counts, self.world.data_group).tolist()
-        return {"position": state["position"], "num_read": read, "num_bad": bad}
+        counts = self.loader.counts()
+        values = torch.tensor(list(counts.values()), device=self.world.device)
+        sums = sum_over(values, self.world.data_group).tolist()
+        return self.loader.state_dict() | dict(zip(counts, sums, strict=True))

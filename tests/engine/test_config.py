@@ -16,6 +16,7 @@ from carillon.engine.config import (
     to_yaml,
 )
 from carillon.engine.strict_yaml import dump_yaml, parse_yaml
+from carillon.engine.train.run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,3 +180,34 @@ def test_true_and_1_point_0_are_not_the_choice_1(key: str, value: object) -> Non
     with pytest.raises(UserError, match=rf"{key}: .*{value}"):
         build(Stages, {key: value})
     assert build(Stages, {key: 1}) == Stages(**{"stage": 0, key: 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.itc.bias=-5"], "loss.itc.bias: -5 given, but only kind=sigmoid has a bias"),
+        (
+            ["data.augment.image.randcrop=false", "data.augment.image.min_scale=0.9"],
+            "data.augment.image.randcrop: false leaves min_scale without effect",
+        ),
+        (
+            ["data.tokenizer.path=t.json", "data.tokenizer.vocab_size=900"],
+            "data.tokenizer.path: a given tokenizer is not trained, so drop vocab_size, or path",
+        ),
+        (["optimization.ema_decay=1"], "optimization.ema_decay: 1 never moves the average"),
+        (
+            ["optimization.schedule=constant", "optimization.min_lr_share=0.1"],
+            "optimization.min_lr_share: a constant schedule has no end",
+        ),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {path: x}\noptimization: {steps: 1}")
+    load(file, [], RunConfig)
+    with pytest.raises(UserError) as error:
+        load(file, overrides, RunConfig)
+    assert message in str(error.value)
+    assert "1 problem\n" in str(error.value)

@@ -1,58 +1,23 @@
-"""Every recipe is checked, and trains two steps on a tiny set that has the splits it names.
-
-Sizes are cut on the command line, as a user would; everything else is the recipe's own.
-"""
+"""Every recipe is checked, and trains two steps on a tiny set that has the splits it names."""
 
 import importlib.util
-import io
 import json
+import runpy
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from carillon.engine.cli import main as carillon
 from carillon.engine.config import UserError
-from carillon.engine.data.shards import ShardWriter
-from carillon.engine.train.run import RunConfig, load_config, load_run
+from carillon.engine.train.run import load_config, load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "recipes" / "prd_sample.yaml"
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path != SAMPLE)
-SMALL = (
-    "data.batch_size=8",
-    "data.num_workers=0",
-    "data.tokenizer.vocab_size=300",
-    "model.vision.image_size=32",
-    "model.vision.depth=1",
-    "model.text.depth=1",
-    "optimization.steps=2",
-    "optimization.epochs=null",
-    "optimization.warmup_steps=1",
-    "distributed.device=cpu",
-    "logging.interval_steps=1",
-    "logging.checkpoint_interval_steps=1",
-)
-
-
-def write_set(out: Path, config: RunConfig) -> Path:
-    """40 coloured squares in each split of `config`, captions in every language it allows."""
-    named = [one.split for one in config.evaluation.retrieval.values() if one.path is None]
-    splits = {config.data.split or "train", *(name for name in named if name is not None)}
-    languages = config.data.filters.lang_allow or ("en",)
-    colours = np.random.default_rng(0).integers(0, 256, (40, 3))
-    with ShardWriter(out, name="tiny", source={"made": "for tests"}) as writer:
-        for split in sorted(splits):
-            for i, colour in enumerate(colours.tolist()):
-                buffer = io.BytesIO()
-                Image.new("RGB", (40, 36), tuple(colour)).save(buffer, "PNG")
-                captions = {code: [f"{code} colour {colour}"] for code in languages}
-                meta = {"captions": captions, "concept": f"colour {i}"}
-                writer.write(f"{split}-{i}", buffer.getvalue(), "png", meta, split=split)
-    return out
+TINY_SET = runpy.run_path(str(Path(__file__).with_name("tiny_set.py")))
+SMALL, write_set = TINY_SET["SMALL"], TINY_SET["write_set"]
 
 
 def steps_of(run: Path) -> list[int]:

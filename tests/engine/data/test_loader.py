@@ -1,5 +1,6 @@
 import io
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,93 @@ def test_captions_follow_the_stated_rule(tmp_path: Path) -> None:
     assert {"dog 3", "cat 3", "chien 3"} <= {text.strip() for text in texts}
 
 
-def test_no_caption_in_an_allowed_language_makes_a_sample_bad(tmp_path: Path) -> None:
-    parts = samples(write_set(tmp_path / "set", num=30), filters={"lang_allow": ["sw"]})
-    with pytest.raises(UserError, match="no caption in sw"):
+def write_mixed(path: Path, num: int, languages: Callable[[int], list[str]]) -> Path:
+    with ShardWriter(path, name="mixed", source={}) as writer:
+        for i in range(num):
+            captions = {code: [f"dog {i}"] for code in languages(i)}
+            meta = {"captions": captions} if captions else {}
+            writer.write(f"key{i:03d}", png(i % 256), "png", meta)
+    return path
+
+
+def test_few_captions_in_an_allowed_language_are_no_damage(tmp_path: Path) -> None:
+    """One row in twenty qualifies."""
+    path = write_mixed(tmp_path / "set", 200, lambda i: ["en", "sw"] if i % 20 == 3 else ["en"])
+    only = {"filters": {"lang_allow": ["sw"]}, "max_bad_share": 0.0}
+    loader = TrainingLoader(samples(path, **only), rank=0, world_size=1, device=CPU)
+    whole: list[Batch] = []
+    for batch, _ in zip(loader, range(25), strict=False):
+        assert batch.bad == []
+        whole.append(batch)
+        loader.check_bad_share(**loader.counts())
+    keys = Counter(key for batch in whole for key in batch.keys)
+    assert set(keys) == {f"key{i:03d}" for i in range(3, 200, 20)}  # each comes once an epoch
+    assert {language for batch in whole for language in batch.languages} == {"sw"}
+    drawn = sum(batch.num_filtered for batch in whole)
+    assert 2500 < drawn < 5500  # 19 for each of 200 samples, deviation 275
+    for world, workers in ((1, 1), (2, 0), (4, 0)):
+        parts = [
+            batches(samples(path, num_workers=workers, **only), 25, rank, world)
+            for rank in range(world)
+        ]
+        for step, batch in enumerate(whole):
+            shares = [part[step] for part in parts]
+            assert [key for share in shares for key in share.keys] == batch.keys
+            assert torch.equal(torch.cat([share.images for share in shares]), batch.images)
+            assert sum(share.num_filtered for share in shares) == batch.num_filtered
+
+
+def test_filtered_samples_are_counted_apart_and_resumed(tmp_path: Path) -> None:
+    path = write_mixed(tmp_path / "set", 40, lambda i: [["en"], ["fr"], []][i % 3])
+    parts = samples(path, filters={"lang_allow": ["fr"]})
+    loader = TrainingLoader(parts, rank=0, world_size=1, device=CPU)
+    found = [batch for batch, _ in zip(loader, range(5), strict=False)]
+    bad = [one for batch in found for one in batch.bad]
+    assert {reason for _, reason in bad} == {"no caption in any language"}
+    assert {int(key[3:]) % 3 for key, _ in bad} == {2}
+    state = loader.state_dict()
+    assert state["num_filtered"] == loader.num_filtered > 10
+    resumed = TrainingLoader(parts, rank=0, world_size=1, device=CPU)
+    resumed.load_state_dict(state)
+    assert resumed.counts() == loader.counts()
+
+
+def test_the_order_of_a_set_that_qualifies_whole_is_not_touched(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "set", num=40, bad={3, 20})
+    plain, allowed = (
+        batches(samples(path, filters={"lang_allow": codes}), 10) for codes in ([], ["fr", "en"])
+    )
+    assert [batch.keys for batch in plain] == [batch.keys for batch in allowed]
+    numbers = [int(key[3:]) for batch in allowed[:2] for key in batch.keys]
+    assert numbers == [29, 18, 15, 30, 34, 1, 7, 12, 23, 6, 22, 8, 9, 6, 35, 37]  # ever since
+    assert [key for key, _ in allowed[1].bad] == ["key003"]  # replaced by the second 6
+    assert sum(batch.num_filtered for batch in allowed) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_set_without_an_allowed_language_says_what_it_has(tmp_path: Path, workers: int) -> None:
+    path = write_mixed(tmp_path / "set", 30, lambda i: ["en", "fr"] if i else ["und"])
+    parts = samples(path, num_workers=workers, filters={"lang_allow": ["sw", "ha"]})
+    message = (
+        r"^none of 5,000 rows drawn has a caption in sw, ha; .* captions in en, fr, und\. Choose"
+    )
+    with pytest.raises(UserError, match=message):
         batches(parts, 1)
+
+
+def test_a_language_without_weight_is_not_asked_for(tmp_path: Path) -> None:
+    path = write_mixed(tmp_path / "set", 30, lambda i: [["en"], ["fr"]][i % 2])
+    found = batches(samples(path, language_weights={"fr": 0.0}), 5)
+    assert {language for batch in found for language in batch.languages} == {"en"}
+    with pytest.raises(UserError, match=r"a caption in a language of weight above 0; .* in "):
+        batches(samples(path, language_weights={"fr": 0.0, "en": 0.0}), 1)
+
+
+def test_damage_met_in_the_search_is_a_share_of_what_was_read(tmp_path: Path) -> None:
+    loader = TrainingLoader(samples(write_set(tmp_path / "set")), rank=0, world_size=1, device=CPU)
+    loader.check_bad_share(num_bad=5, num_read=400, num_filtered=4000)
+    with pytest.raises(UserError, match=r"50 of 4450 samples read are bad"):
+        loader.check_bad_share(num_bad=50, num_read=400, num_filtered=4000)
 
 
 def test_held_out_rows_are_never_trained_on(tmp_path: Path) -> None:

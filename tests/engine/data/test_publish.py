@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from carillon.engine.config import UserError
 from carillon.engine.data import publish
 from carillon.engine.data.manifest import FORMAT
-from carillon.engine.data.publish import check_target, publish_folder
+from carillon.engine.data.publish import check_target, publish_file, publish_folder
 from carillon.engine.data.shard_writer import ShardWriter
 
 
@@ -105,3 +106,54 @@ def test_what_stood_there_comes_back_when_the_rename_fails(
         publish_folder(tmp_path / "new", tmp_path / "out")
     assert (tmp_path / "out" / "which").read_text() == "out"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "out"]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "page.md"
+    publish_file(file, b"old")
+    publish_file(file, b"new")
+    assert file.read_bytes() == b"new"
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"page\.md cannot be written: No space left on device; ma"):
+        publish_file(file, b"newer")
+    assert file.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "file").write_text("old")
+    (tmp_path / "link").symlink_to("deep/file")
+    publish_file(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "deep" / "file").read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "file", "link"]
+
+
+def test_a_file_never_takes_the_place_of_something_else(tmp_path: Path) -> None:
+    """A rename over a device would remove it: root may write to /dev."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "nowhere").symlink_to("absent")
+    before = sorted(tmp_path.iterdir())
+    kinds = {"folder": "a folder"} | dict.fromkeys(("pipe", "link", "nowhere"), "no ordinary file")
+    for name, kind in kinds.items():
+        with pytest.raises(UserError, match=f"{name} is {kind}; name a file"):
+            publish_file(tmp_path / name, b"new")
+    assert sorted(tmp_path.iterdir()) == before
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+
+
+def test_a_folder_is_made_for_a_file_only_where_asked(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "deep" / "file"
+    with pytest.raises(UserError, match="cannot be written: No such file or directory"):
+        publish_file(file, b"")
+    publish_file(file, b"content", parents=True)
+    assert file.read_bytes() == b"content"

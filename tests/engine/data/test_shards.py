@@ -7,6 +7,8 @@ import resource
 import subprocess
 import sys
 import tarfile
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 
 from carillon.engine.config import UserError
 from carillon.engine.data.manifest import _checksum
+from carillon.engine.data.shard_index import index_header
 from carillon.engine.data.shards import (
     Dataset,
     SampleError,
@@ -152,20 +155,82 @@ def test_a_truncated_shard_is_named_at_opening(tmp_path: Path) -> None:
         open_dataset(tmp_path / "set")
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_index_is_refused(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["truncate", "lengthen", "empty", "remove"])
+def test_an_altered_index_is_refused_at_its_first_touch(tmp_path: Path, damage: str) -> None:
     dataset = build(tmp_path / "set")
     index = tmp_path / "set" / "train-000000.index.npy"
-    if damage == "flip":
-        data = bytearray(index.read_bytes())
-        data[-5] ^= 4
-        index.write_bytes(data)
-    elif damage == "truncate":
-        os.truncate(index, index.stat().st_size - 7)
-    else:
+    size = index.stat().st_size
+    if damage == "remove":
         index.unlink()
-    with pytest.raises(UserError, match=r"train-000000\.index\.npy (does not match|is missing)"):
+    else:
+        os.truncate(index, {"truncate": size - 20, "lengthen": size + 20, "empty": 0}[damage])
+    with pytest.raises(
+        UserError, match=r"the index .*0\.index\.npy (is|does not match|cannot be read: No)"
+    ):
         dataset.splits["train"].key(0)
+
+
+def test_every_flipped_bit_of_an_index_is_found_before_use(tmp_path: Path) -> None:
+    """In the header at the first touch, in a row when that row is read; the other rows are fine."""
+    build(tmp_path / "set", 3)
+    index = tmp_path / "set" / "train-000000.index.npy"
+    intact = index.read_bytes()
+    row_bytes = len(np.load(index)[0].tobytes())
+    header_bytes = len(intact) - 3 * row_bytes
+    refused = r"the index .*train-000000\.index\.npy does not match its checksum"
+    for position in range(len(intact)):
+        for bit in range(8):
+            damaged = bytearray(intact)
+            damaged[position] ^= 1 << bit
+            index.write_bytes(damaged)
+            split = open_dataset(tmp_path / "set").splits["train"]
+            hit = (position - header_bytes) // row_bytes
+            for row in range(3):
+                if hit < 0 or row == hit:
+                    with pytest.raises(UserError, match=refused):
+                        split.read(row)
+                else:
+                    assert split.key(row) == f"k{row:04d}"
+
+
+def test_an_index_cut_or_damaged_while_it_is_open_is_noticed(tmp_path: Path) -> None:
+    split = build(tmp_path / "set").splits["train"]
+    assert split.key(19) == "k0019"
+    index = tmp_path / "set" / "train-000000.index.npy"
+    os.truncate(index, index.stat().st_size - 1)
+    assert split.key(18) == "k0018"
+    with pytest.raises(UserError, match=r"index\.npy does not match its checksum at row 19\. Copy"):
+        split.key(19)
+
+
+def test_nothing_grows_with_the_rows_of_an_index(tmp_path: Path) -> None:
+    """A billion rows, 38 GB: all but the last are a hole in the file, which no row is."""
+    build(tmp_path / "set", 1)
+    path = tmp_path / "set" / "dataset.json"
+    splits = json.loads(path.read_text())["splits"]
+    index = tmp_path / "set" / "train-000000.index.npy"
+    row = np.load(index).tobytes()
+    num_rows = 1_000_000_000
+    index.write_bytes(index_header(len("k0000"), num_rows))
+    with index.open("r+b") as file:
+        file.seek((num_rows - 1) * len(row), os.SEEK_END)
+        file.write(row)
+    splits["train"]["shards"][0]["num_samples"] = num_rows
+    resign(path, {"splits": splits})
+    train = open_dataset(tmp_path / "set").splits["train"]
+    assert train.read(num_rows - 1).media == media_of(0)
+    with pytest.raises(UserError, match="does not match its checksum at row 123,456,789"):
+        train.read(123_456_789)
+
+
+def test_numpy_reads_an_index(tmp_path: Path) -> None:
+    build(tmp_path / "set", 200)
+    rows = np.load(tmp_path / "set" / "train-000000.index.npy", allow_pickle=False)
+    assert rows["key"].tolist() == [f"k{number:04d}".encode() for number in range(200)]
+    assert rows["media_size"].tolist() == [len(media_of(number)) for number in range(200)]
+    for row in rows[:3]:
+        data = row.tobytes()
+        assert row["row_crc32"] == zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
 
 
 @pytest.mark.parametrize("position", [30, 200, -30])
@@ -195,40 +260,49 @@ def test_a_pickled_index_is_never_unpickled(
     path = tmp_path / "set" / "dataset.json"
     splits = json.loads(path.read_text())["splits"]
     index = tmp_path / "set" / "train-000000.index.npy"
+    size = index.stat().st_size
     np.save(index, np.array([Bomb()], dtype=object), allow_pickle=True)
+    os.truncate(index, size)
     splits["train"]["shards"][0]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
     resign(path, {"splits": splits})
-    with pytest.raises(UserError, match=r"index .* cannot be read"):
+    with pytest.raises(UserError, match=r"index .* does not match its checksum: its header"):
         open_dataset(tmp_path / "set").splits["train"].read(0)
     assert not (tmp_path / "unpickled").exists()
 
 
-def test_an_index_that_points_outside_its_shard_is_refused(tmp_path: Path) -> None:
-    build(tmp_path / "set")
-    path = tmp_path / "set" / "dataset.json"
-    splits = json.loads(path.read_text())["splits"]
+@pytest.mark.parametrize("field", ["media_size", "media_offset", "meta_size", "meta_offset"])
+def test_a_row_that_points_outside_its_shard_is_refused(tmp_path: Path, field: str) -> None:
+    split = build(tmp_path / "set").splits["train"]
     index = tmp_path / "set" / "train-000000.index.npy"
     rows = np.load(index)
-    rows["media_size"][3] = 2**32 - 1
-    np.save(index, rows)
-    splits["train"]["shards"][0]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
-    resign(path, {"splits": splits})
-    with pytest.raises(UserError, match="points past the end of its shard"):
-        open_dataset(tmp_path / "set").splits["train"].read(0)
+    header = index.read_bytes()[: -rows.nbytes]
+    rows[field][3] = 2**32 - 1
+    rows["row_crc32"][3] = zlib.crc32(rows[3].tobytes()[:-4])  # forged, not damaged
+    index.write_bytes(header + rows.tobytes())
+    assert split.read(2).key == "k0002"
+    with pytest.raises(UserError, match="points past the end of its shard at row 3"):
+        split.read(3)
 
 
-def test_an_index_is_checked_once_and_an_altered_one_still_noticed(tmp_path: Path) -> None:
+def test_a_shard_that_is_opened_again_is_checked_again(tmp_path: Path) -> None:
     split = build(tmp_path / "set", 40, max_shard_bytes=4096).splits["train"]
     first = [split.read(row) for row in range(40)]
-    sums = [layout for _, layout in sorted(split._layouts.items())]
     split._open.clear()  # as when more shards than may stay open were read in between
     assert [split.read(row) for row in range(40)] == first
-    assert [layout for _, layout in sorted(split._layouts.items())] == sums
-
     split._open.clear()
     os.truncate(tmp_path / "set" / "train-000000.index.npy", 128)
-    with pytest.raises(UserError, match=r"train-000000\.tar cannot be read: its index is cut"):
+    with pytest.raises(UserError, match=r"train-000000\.index\.npy is truncated or altered"):
         split.read(0)
+
+
+def test_a_set_of_the_old_format_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    build(tmp_path / "set")
+    resign(tmp_path / "set" / "dataset.json", {"version": 1})
+    message = (
+        r"carillon-shards version 1; this version reads .* version 2\. Build the set again, by"
+    )
+    with pytest.raises(UserError, match=message):
+        open_dataset(tmp_path / "set")
 
 
 def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
@@ -463,12 +537,8 @@ def test_a_sample_with_broken_json_is_named_and_the_next_one_is_read(tmp_path: P
     assert split.read(3).meta["captions"] == {"en": ["fine"]}
 
 
-REAL = Path(__file__).parents[4] / "shared" / "data" / "flickr8k"
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real data set is not here")
-def test_real_webdataset_shards_open() -> None:
-    split = open_dataset(REAL).splits["all"]
+def test_real_webdataset_shards_open(real_data: Callable[[str], Path]) -> None:
+    split = open_dataset(real_data("flickr8k")).splits["all"]
     assert len(split) == 6473
     sample = split.read(0)
     assert sample.key == "2862509442_4f5dc96dca"

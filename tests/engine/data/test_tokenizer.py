@@ -1,4 +1,5 @@
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,14 @@ def test_training_twice_gives_the_same_file(tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path).ids(CAPTIONS[5]) == TOKENIZER.ids(CAPTIONS[5])
 
 
-@given(st.text(max_size=40))
-def test_every_text_survives_up_to_normal_form(text: str) -> None:
-    import unicodedata
+# Python and the tokenizers library may follow different editions of Unicode; both know an old one.
+OLD_CHARACTERS = st.characters(exclude_categories=["Cs"]).filter(
+    lambda character: unicodedata.ucd_3_2_0.category(character) != "Cn"
+)
 
+
+@given(st.text(OLD_CHARACTERS, max_size=40))
+def test_every_text_survives_up_to_normal_form(text: str) -> None:
     normal = unicodedata.normalize("NFKC", text).lower()
     assert TOKENIZER.decode(TOKENIZER.ids(text)) == normal.strip()
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,8 +38,6 @@ from carillon.engine.train.run import LoadedRun
 
 # Opening a checkpoint without process groups is what these commands do; torch warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-REAL_DATA = Path(__file__).parents[4] / "shared" / "data"
 
 
 def _png(seed: int) -> bytes:
@@ -290,15 +289,17 @@ def test_languages_default_to_those_trained_on(tmp_path: Path) -> None:
         assert set(choose_items(one, data, seed=0).by_language) == expected
 
 
-@pytest.mark.skipif(not (REAL_DATA / "flowers5").is_dir(), reason="the real sets are not here")
 def test_real_sets_are_scored(
-    run: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    real_data: Callable[[str], Path],
+    run: LoadedRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where plain tars are indexed
     flickr = RetrievalSetConfig(
-        path=str(REAL_DATA / "flickr8k" / "flickr8k-dev-0006.tar"), max_queries=20
+        path=str(real_data("flickr8k") / "flickr8k-dev-0006.tar"), max_queries=20
     )
-    flowers = ZeroShotSetConfig(path=str(REAL_DATA / "flowers5"), max_images=40)
+    flowers = ZeroShotSetConfig(path=str(real_data("flowers5")), max_images=40)
     results = evaluate(
         run_encoder(run),
         run.config.evaluation,

@@ -46,6 +46,16 @@ def test_hash_prefix_and_folder_lead_to_the_bytes(
             assert hashlib.sha256(content).hexdigest() == shard.sha256
 
 
+def test_a_folder_is_that_of_the_run_trained_anew(trained: Registry, tmp_path: Path) -> None:
+    """--fresh moves the old run's folder aside; its rows stay, under the same name."""
+    run = trained.start_run("tiny", config_hash="new", params={}, artifacts_uri=tmp_path / "tiny")
+    newer, folder = "cd" * 32, tmp_path / "tiny" / "step-5"
+    trained.add_checkpoint(run, 5, uri=folder, content_hash=newer)
+    assert trace(trained, str(folder)).checkpoint.content_hash == newer
+    assert trace(trained, str(folder)).run.config_hash == "new"
+    assert trace(trained, HASH).run.config_hash == "cfg"
+
+
 def test_unknown_and_ambiguous_checkpoints(trained: Registry, tmp_path: Path) -> None:
     run = trained.start_run("other", config_hash="c", params={}, artifacts_uri=tmp_path / "other")
     trained.add_checkpoint(run, 1, uri="/x", content_hash=HASH[:8] + "0" * 56)

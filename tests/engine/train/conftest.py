@@ -43,16 +43,18 @@ def write_pictures(
     *,
     num: int = 60,
     bad: frozenset[int] = frozenset(),
+    only_german: frozenset[int] = frozenset(),
     first: int = 0,
     max_shard_bytes: int = 1 << 20,
 ) -> Path:
-    """`num` pictures with a caption in two languages; those in `bad` are cut short."""
+    """`num` pictures with a caption in two languages or one; those in `bad` are cut short."""
     size = {"max_shard_bytes": max_shard_bytes}
     with ShardWriter(out, name=out.name, source={}, **size) as writer:
         for i in range(num):
             media = jpeg(first + i)
             words = f"{WORDS[i % 12]} {WORDS[i // 12 % 12]} {i}"
-            captions = {"en": [words], "de": [f"ein {words}"]}
+            captions = {} if i in only_german else {"en": [words]}
+            captions["de"] = [f"ein {words}"]
             media = media[: len(media) // 2] if i in bad else media
             writer.write(f"picture{i:03d}", media, "jpg", {"captions": captions})
     return out

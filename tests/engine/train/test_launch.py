@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from carillon.engine.config import UserError
+from carillon.engine.index.encoder import Encoder
 from carillon.engine.train.launch import check_layout
 from carillon.engine.train.run import load_config, load_run
 
@@ -216,6 +217,24 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert "is of another model: tensors" in complaint(capsys)
 
 
+def test_a_tokenizer_that_changed_under_its_path_is_refused(
+    trained: Setup, setup: Setup, tmp_path: Path, capsys: Capture
+) -> None:
+    """A run keeps its own copy; a file that is gone is no matter, another file is."""
+    file = tmp_path / "tokenizer.json"
+    given = f"data.tokenizer.path={file}", "data.tokenizer.vocab_size=8000"
+    file.write_bytes((trained.run / "tokenizer.json").read_bytes())
+    assert setup.train(*given) == 0
+    file.write_text(file.read_text().replace('"<pad>"', '"[PAD]"'))
+    capsys.readouterr()
+    assert setup.train(*given) == 2
+    message = complaint(capsys)
+    assert "data.tokenizer.path: the file is not the one that run" in message
+    assert "start anew with --fresh" in message
+    file.unlink()
+    assert setup.train(*given) == 0
+
+
 @contextmanager
 def largest_file(size_bytes: int) -> Iterator[None]:
     """Writes past the limit fail as on a full disk, with another number."""
@@ -312,6 +331,34 @@ def test_sigterm_saves_and_the_same_command_resumes(
     assert "Traceback" not in error
     check_stopped(setup, error)
     check_resumes(setup, trained)
+
+
+def test_a_signal_during_an_evaluation_is_not_kept_waiting(
+    setup: Setup, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation is left at its next batch of pictures, and the state saved after one step."""
+    batches: list[int] = []
+    encode = Encoder._forward_pictures
+
+    def encode_then_signal(encoder: Encoder, pixels: Any) -> Any:
+        batches.append(len(pixels))
+        if len(batches) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(encoder, pixels)
+
+    monkeypatch.setattr(Encoder, "_forward_pictures", encode_then_signal)
+    evaluation = (
+        "data.validation_every=2",
+        "evaluation.batch_size=5",
+        "evaluation.in_training.every=3",
+    )
+    assert setup.train(*evaluation) == 75
+    assert batches == [5, 5]  # of 30 pictures; the second batch is not encoded any more
+    assert "the evaluation at step 3 is left: a signal asked to stop" in capsys.readouterr().err
+    assert setup.steps() == [4]
+    assert not any("retrieval/mean_r@10" in line for line in setup.lines("metrics.jsonl"))
+    monkeypatch.undo()
+    assert setup.train(*evaluation) == 0
 
 
 def test_sigterm_to_torchrun_saves_and_the_same_command_resumes(

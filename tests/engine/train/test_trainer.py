@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,6 +153,21 @@ def test_compiled_blocks_train_close_to_plain_ones(
         assert setup.train("distributed.compile=true") == 0
     assert len(compiled) == 2  # one block in each tower
     assert setup.losses() == pytest.approx(plain.losses(), rel=1e-3)
+
+
+def test_pictures_without_an_allowed_caption_are_passed_over_and_counted(
+    make_setup: Any, make_pictures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup = make_setup(make_pictures(tmp_path / "pictures", only_german=frozenset(range(54))))
+    assert setup.train("data.filters.lang_allow=[en]", "data.max_bad_share=0") == 0
+    assert "bad sample" not in capsys.readouterr().err
+    keys = {key for line in setup.lines("sample_keys.jsonl") for key in line["keys"]}
+    assert keys == {f"picture{i:03d}" for i in range(54, 60)}
+    last = setup.lines("metrics.jsonl")[-1]
+    assert last["bad_samples"] == 0
+    assert last["filtered_samples"] > 200  # 9 for each of 80 samples
+    state = setup.checkpoints()[-1].state["loader"]
+    assert state["num_filtered"] == last["filtered_samples"]
 
 
 # Bad steps

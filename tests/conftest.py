@@ -1,0 +1,28 @@
+"""The developers' data sets, which stand beside the repository and are no part of it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """Gives a data set's folder; where it is missing the test is skipped, in CI it fails."""
+
+    def folder(name: str) -> Path:
+        path = REAL_DATA / name
+        if path.is_dir():
+            return path
+        message = (
+            f"{path} is missing: real pictures, for what drawn ones cannot show. It comes with the "
+            "developers' checkout, beside the repository"
+        )
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI must have it: {message}")
+        pytest.skip(message)
+
+    return folder
