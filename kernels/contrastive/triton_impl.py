@@ -298,15 +298,13 @@ def contrastive(
     (n, dims), m = rows.shape, len(columns)
     tiles = tiles_for(rows.dtype, with_extras=row_ids is not None or with_sums)
     groups = _groups(n, m, tiles)
-    new = rows.new_empty
-    float32 = {"dtype": torch.float32}
+    like = rows.new_empty(0, dtype=torch.float32)
     if n == 0:
-        empty, nothing = new(0, **float32), rows.new_full((m,), LEFT_OUT.value, **float32)
-        sums = rows.new_zeros(m if with_sums else 0, **float32)
-        return PairReductions(empty, nothing, empty.clone(), empty.clone(), sums)
-    by_row = [new((groups.columns, n), **float32) for _ in range(4)]
+        nothing, sums = like.new_full((m,), LEFT_OUT.value), like.new_zeros(m if with_sums else 0)
+        return PairReductions(like, nothing, like.clone(), like.clone(), sums)
+    by_row = [like.new_empty((groups.columns, n)) for _ in range(4)]
     row_shifts, row_totals, positive, row_sums = by_row
-    column_shifts = rows.new_full((groups.rows, m), LEFT_OUT.value, **float32)
+    column_shifts = like.new_full((groups.rows, m), LEFT_OUT.value)
     column_totals = torch.zeros_like(column_shifts)
     column_sums = torch.zeros_like(column_shifts) if with_sums else column_totals
     _reduce[(groups.rows, groups.columns)](
@@ -319,8 +317,8 @@ def contrastive(
         _lse(row_shifts, row_totals),
         _lse(column_shifts, column_totals),
         positive.sum(0),
-        row_sums.sum(0) if with_sums else new(0, **float32),
-        column_sums.sum(0) if with_sums else new(0, **float32),
+        row_sums.sum(0) if with_sums else like.clone(),
+        column_sums.sum(0) if with_sums else like.clone(),
     )
 
 
@@ -481,8 +479,10 @@ IMPLEMENTS: dict[str, Callable[..., Any]] = {
 
 _FEATURES = ("rows", "columns", "weights")
 _IDS = ("row_ids", "column_ids")
-_SIZES = ("n", "m", "dims", "first_column", "row_tiles", "column_tiles", "width")
-_SIZES += ("first_row", "first_column_at")
+_SIZES = (
+    *("n", "m", "dims", "first_column", "row_tiles", "column_tiles", "width"),
+    *("first_row", "first_column_at"),
+)
 
 
 def compile_cases() -> Iterator[CompileCase]:
