@@ -8,6 +8,15 @@
 
 TORCH_LIBRARY(carillon, m) {
   m.def("image_normalize(Tensor images, float[] mean, float[] std, ScalarType dtype) -> Tensor");
+  m.def(
+      "packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal=False, Tensor? prefix_lengths=None, "
+      "float? scale=None) -> (Tensor, Tensor)");
+  m.def(
+      "packed_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+      "SymInt max_seqlen_k, bool causal=False, Tensor? prefix_lengths=None, float? scale=None) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 #ifdef CARILLON_WITH_CUDA

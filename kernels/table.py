@@ -54,6 +54,15 @@ OPS: Mapping[str, Op] = MappingProxyType(
                 # training step: it is taken by name only until it has.
                 providers={"cpu": ("native", "reference"), "cuda": ("reference", "native")},
             ),
+            # The second is what the first one's autograd formula calls.
+            *(
+                Op(
+                    name=name,
+                    folder="packed_attention",
+                    providers={"cpu": ("native", "reference"), "cuda": ("reference",)},
+                )
+                for name in ("packed_attention", "packed_attention_backward")
+            ),
         )
     }
 )
