@@ -46,21 +46,18 @@ inline int64_t backward_scratch(int64_t head_dim, int64_t max_queries, int64_t m
   return std::max(floats.used(), pairs.used());
 }
 
-template <typename Element>
-CARILLON_INLINE const Element* row_of(const Rows& rows, int64_t token, int64_t head) {
-  return static_cast<const Element*>(rows.data) + token * rows.token_stride +
-         head * rows.head_stride;
-}
-
 // rowsum(dO * out) - dlse: what a row's dP is lowered by before it is weighted.
 template <typename Element>
 void deltas(const Problem& problem, int64_t head, int64_t token, int64_t num_rows, float* delta) {
+  const Head<Element> outs = head_of<Element>(problem.out, token, head);
+  const Head<Element> grads = head_of<Element>(problem.grad_out, token, head);
   for (int64_t i = 0; i < num_rows; ++i) {
-    const Element* out = row_of<Element>(problem.out, token + i, head);
-    const Element* grad = row_of<Element>(problem.grad_out, token + i, head);
+    const Element* out = outs.rows + i * outs.stride;
+    const Element* grad = grads.rows + i * grads.stride;
     Floats sums{};
     for (int64_t d = 0; d < problem.head_dim; d += kWidth) {
       const int64_t count = problem.head_dim - d;
+      outs.prefetch(i, d);
       sums = sums + load_part(out + d, count) * load_part(grad + d, count);
     }
     delta[i] = sum(sums);
@@ -136,16 +133,14 @@ void backward_block(const Problem& problem, const Task& task, int64_t head, int6
   const int64_t width = buffers.width;
   const int64_t score_row = buffers.score_row;
   const int64_t steps = units_of<kPairs>(num_rows);
-  const Element* q = row_of<Element>(problem.q, token, head);
-  const Element* grad = row_of<Element>(problem.grad_out, token, head);
+  const Head<Element> q = head_of<Element>(problem.q, token, head);
+  const Head<Element> grad = head_of<Element>(problem.grad_out, token, head);
   const Right queries_steps{buffers.queries_steps, steps, width};
   const Right grads_steps{buffers.grads_steps, steps, width};
-  pack_rows<Element, kPairs>(q, problem.q.token_stride, num_rows, units, buffers.queries);
-  pack_rows<Element, kPairs>(grad, problem.grad_out.token_stride, num_rows, units, buffers.grads);
-  pack_steps<Element, kPairs>(q, problem.q.token_stride, num_rows, problem.head_dim,
-                              queries_steps);
-  pack_steps<Element, kPairs>(grad, problem.grad_out.token_stride, num_rows, problem.head_dim,
-                              grads_steps);
+  pack_rows<Element, kPairs>(q, num_rows, units, buffers.queries);
+  pack_rows<Element, kPairs>(grad, num_rows, units, buffers.grads);
+  pack_steps<Element, kPairs>(q, num_rows, problem.head_dim, queries_steps);
+  pack_steps<Element, kPairs>(grad, num_rows, problem.head_dim, grads_steps);
   deltas<Element>(problem, head, token, num_rows, buffers.delta);
 
   multiply<kPairs>({buffers.queries, units, 1}, {buffers.keys_columns, units, padded}, num_rows,
@@ -182,13 +177,11 @@ void load_keys(const Problem& problem, const Task& task, int64_t token, int64_t 
                const BackwardBuffers<kPairs>& buffers) {
   const int64_t units = units_of<kPairs>(problem.head_dim);
   const int64_t padded = round_up(count, kWidth);
-  const Element* k = row_of<Element>(problem.k, token, task.kv_head);
-  const Element* v = row_of<Element>(problem.v, token, task.kv_head);
-  pack_transposed<Element, kPairs>(k, problem.k.token_stride, count, units,
-                                   {buffers.keys_columns, units, padded});
-  pack_transposed<Element, kPairs>(v, problem.v.token_stride, count, units,
-                                   {buffers.values_columns, units, padded});
-  pack_steps<Element, kPairs>(k, problem.k.token_stride, count, problem.head_dim,
+  const Head<Element> k = head_of<Element>(problem.k, token, task.kv_head);
+  const Head<Element> v = head_of<Element>(problem.v, token, task.kv_head);
+  pack_transposed<Element, kPairs>(k, count, units, {buffers.keys_columns, units, padded});
+  pack_transposed<Element, kPairs>(v, count, units, {buffers.values_columns, units, padded});
+  pack_steps<Element, kPairs>(k, count, problem.head_dim,
                               {buffers.keys_steps, units_of<kPairs>(count), buffers.width});
   fill(buffers.grad_k, count * buffers.width, 0.0f);
   fill(buffers.grad_v, count * buffers.width, 0.0f);
@@ -197,9 +190,9 @@ void load_keys(const Problem& problem, const Task& task, int64_t token, int64_t 
 template <typename Element>
 void write_rows(const float* from, int64_t width, float factor, int64_t head_dim, const Rows& to,
                 int64_t token, int64_t head, int64_t count) {
+  auto* rows = static_cast<Element*>(to.data) + token * to.token_stride + head * to.head_stride;
   for (int64_t i = 0; i < count; ++i) {
-    write_row(from + i * width, factor, head_dim,
-              const_cast<Element*>(row_of<Element>(to, token + i, head)));
+    write_row(from + i * width, factor, head_dim, rows + i * to.token_stride);
   }
 }
 

@@ -131,13 +131,18 @@ std::vector<Task> tasks_of(const Problem& problem, int64_t num_sequences, int64_
 
 void run(void (*kernel)(const Problem&, const Task&, float*), const Problem& problem,
          const std::vector<Task>& tasks, int64_t scratch_size) {
-  std::atomic<size_t> next{0};
-  const auto workers = std::min<int64_t>(at::get_num_threads(), std::ssize(tasks));
+  std::atomic<int64_t> next{0};
+  const auto num_tasks = std::ssize(tasks);
+  const auto workers = std::min<int64_t>(at::get_num_threads(), num_tasks);
+  // Neighbouring heads go to one thread where there are enough: each asks for the next one's rows.
+  const int64_t share = std::clamp<int64_t>(num_tasks / (workers * 8 + 1), 1, problem.num_kv_heads);
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     if (begin == end) return;
     const at::Tensor scratch = at::empty({scratch_size}, at::kFloat);  // 64-byte aligned
-    for (size_t i = next++; i < tasks.size(); i = next++) {
-      kernel(problem, tasks[i], scratch.mutable_data_ptr<float>());
+    for (int64_t first = next.fetch_add(share); first < num_tasks; first = next.fetch_add(share)) {
+      for (int64_t i = first; i < std::min(first + share, num_tasks); ++i) {
+        kernel(problem, tasks[i], scratch.mutable_data_ptr<float>());
+      }
     }
   });
 }

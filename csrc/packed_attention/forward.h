@@ -109,9 +109,8 @@ void forward_block(const Problem& problem, const Task& task, int64_t head, int64
   const int64_t columns = round_up(seen, kWidth);
   const int64_t padded = round_up(num_keys, kWidth);
   const int64_t token = problem.starts_q[task.sequence] + query;
-  pack_rows<Element, kPairs>(static_cast<const Element*>(problem.q.data) +
-                                 token * problem.q.token_stride + head * problem.q.head_stride,
-                             problem.q.token_stride, num_rows, units, buffers.queries);
+  pack_rows<Element, kPairs>(head_of<Element>(problem.q, token, head), num_rows, units,
+                             buffers.queries);
   multiply<kPairs>({buffers.queries, units, 1}, {buffers.keys, units, padded}, num_rows, units,
                    columns, buffers.scores, buffers.score_row, false);
   for (int64_t i = 0; i < num_rows; ++i) {
@@ -151,16 +150,11 @@ void forward(const Problem& problem, const Task& task, float* buffer) {
       const int64_t count = std::min(num_keys - first, buffers.max_keys);
       if (g == 0 || !one_block) {
         const int64_t token = problem.starts_k[task.sequence] + first;
-        pack_transposed<Element, kPairs>(
-            static_cast<const Element*>(problem.k.data) + token * problem.k.token_stride +
-                task.kv_head * problem.k.head_stride,
-            problem.k.token_stride, count, units,
-            {buffers.keys, units, round_up(count, kWidth)});
-        pack_steps<Element, kPairs>(
-            static_cast<const Element*>(problem.v.data) + token * problem.v.token_stride +
-                task.kv_head * problem.v.head_stride,
-            problem.v.token_stride, count, problem.head_dim,
-            {buffers.values, units_of<kPairs>(count), buffers.out_row});
+        pack_transposed<Element, kPairs>(head_of<Element>(problem.k, token, task.kv_head), count,
+                                         units, {buffers.keys, units, round_up(count, kWidth)});
+        pack_steps<Element, kPairs>(head_of<Element>(problem.v, token, task.kv_head), count,
+                                    problem.head_dim,
+                                    {buffers.values, units_of<kPairs>(count), buffers.out_row});
       }
       for (int64_t row = 0; row < num_rows; row += kQueryBlock) {
         forward_block<Element, kPairs>(problem, task, head, row,

@@ -31,13 +31,22 @@ CARILLON_INLINE Floats broadcast(const float* from) {
 CARILLON_INLINE Floats broadcast(float x) { return broadcast(&x); }
 
 // bfloat16 is kept as its 16 bits. Reading it is a shift.
-CARILLON_INLINE Words load_halves(const uint16_t* from) {
+CARILLON_INLINE Floats load(const uint16_t* from) {
   Halves v;
   __builtin_memcpy(&v, from, sizeof v);
-  return __builtin_convertvector(v, Words);
+  return (Floats)(__builtin_convertvector(v, Words) << 16);
 }
 
-CARILLON_INLINE Floats load(const uint16_t* from) { return (Floats)(load_halves(from) << 16); }
+// The first `count` values, zeros after them.
+CARILLON_INLINE Halves load_halves(const uint16_t* from, int64_t count) {
+  Halves v{};
+  if (count >= kWidth) {
+    __builtin_memcpy(&v, from, sizeof v);
+  } else {
+    __builtin_memcpy(&v, from, count * sizeof(uint16_t));
+  }
+  return v;
+}
 
 // Rounds to nearest even, NaN stays NaN; by integer arithmetic where there is no instruction.
 CARILLON_INLINE Halves to_halves(Floats v) {
