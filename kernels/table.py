@@ -59,7 +59,10 @@ OPS: Mapping[str, Op] = MappingProxyType(
                 Op(
                     name=name,
                     folder="packed_attention",
-                    providers={"cpu": ("native", "reference"), "cuda": ("reference",)},
+                    providers={
+                        "cpu": ("native", "reference", "triton"),
+                        "cuda": ("triton", "reference"),
+                    },
                 )
                 for name in ("packed_attention", "packed_attention_backward")
             ),
