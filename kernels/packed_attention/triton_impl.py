@@ -99,7 +99,7 @@ def packed_attention_backward(
             HAS_GRAD_LSE=grad_lse_HQ is not None, **_constants(tile, q, causal, prefix_lengths),
         )  # fmt: skip
     if dk.numel():
-        tile = tile_of("backward_keys", head_dim, q.dtype, max_seqlen_k)
+        tile = tile_of("backward_keys", head_dim, q.dtype, max_seqlen_k, causal)
         blocks = triton.cdiv(max_seqlen_k, tile.block_k)
         backward_keys[(blocks * num_sequences, k.shape[1])](
             q, k, v, lse, grad_out, delta, dk, dv, *shared,
@@ -193,7 +193,7 @@ def _sizes(tile: Tile, head_dim: int, dtype: torch.dtype) -> dict[str, int | str
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Every tile of the table, plain; with all masks at the head size that most models have."""
+    """Every tile of the table, plain; in bfloat16 also with all masks at the usual head size."""
     pointers = {"q": "", "k": "", "v": "", "out": "", "lse": "fp32"}
     grads = {"grad_out": "", "grad_lse": "fp32", "delta": "fp32", "dq": ""}
     kernels = {
@@ -211,10 +211,13 @@ def compile_cases() -> Iterator[CompileCase]:
     for name, (kernel, tensors) in kernels.items():
         for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
             for head_dim, longest, masked in (
-                (64, 64, False), (32, 577, False), (64, 577, False), (64, 577, True),
-                (128, 577, False), (256, 577, False),
+                (64, 64, False), (64, 577, False), (64, 577, True), (128, 577, False),
+                (256, 577, False),
             ):  # fmt: skip
-                tile = tile_of(name, head_dim, dtype, longest)
+                short_matters = name == "forward" and dtype == torch.bfloat16
+                if (longest == 64 and not short_matters) or (masked and dtype == torch.float32):
+                    continue
+                tile = tile_of(name, head_dim, dtype, longest, masked)
                 signature = {key: f"*{kind or short}" for key, kind in tensors.items()}
                 signature |= lengths | dict.fromkeys(numbers, "i32")
                 signature |= {"scale": "fp32", "scale_log2": "fp32"}

@@ -235,12 +235,12 @@ def backward_queries(
 @triton.jit
 def _dkv_queries(
     dk, dv, k, v, keys, q, grad_out, lse, delta, begin_q, len_q, len_k, prefix, q_token, dense,
-    first, last, scale_log2,
+    first_row, scale_log2,
     CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Query blocks [first, last); with CAUSAL their masks are applied."""
-    for start in range(first, last, BLOCK_Q):
+    """Query blocks from first_row on."""
+    for start in range(first_row, len_q, BLOCK_Q):
         rows = start + tl.arange(0, BLOCK_Q)
         q_QD = _load_rows(q, begin_q, q_token, rows, len_q, True, HEAD_DIM, BLOCK_D)
         grad_QD = _load_rows(grad_out, begin_q, dense, rows, len_q, True, HEAD_DIM, BLOCK_D)
@@ -283,16 +283,11 @@ def backward_keys(
     v += kv_head.to(tl.int64) * (v_head * 8)
     k_KD = _load_rows(k, begin_k, k_token, keys, len_k, True, HEAD_DIM, BLOCK_D)
     v_KD = _load_rows(v, begin_k, v_token, keys, len_k, True, HEAD_DIM, BLOCK_D)
-    # Queries before `some` see none of these keys, those from `every` on see every one.
-    some, every = 0, 0
+    first_row = 0  # queries before it see none of these keys
     if CAUSAL:
-        some = tl.maximum(first_key - (len_k - len_q), 0) // BLOCK_Q * BLOCK_Q
-        every = tl.maximum(first_key + BLOCK_K - 1 - (len_k - len_q), 0)
+        first_row = tl.maximum(first_key - (len_k - len_q), 0) // BLOCK_Q * BLOCK_Q
         if PREFIX:
-            some = tl.where(prefix > first_key, 0, some)
-            every = tl.where(prefix >= first_key + BLOCK_K, 0, every)
-        every = tl.minimum(tl.cdiv(every, BLOCK_Q) * BLOCK_Q, len_q)
-        every = tl.maximum(every, some)
+            first_row = tl.where(prefix > first_key, 0, first_row)
     dense = num_heads * (HEAD_DIM // 8)
     dk_KD = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv_KD = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -303,16 +298,10 @@ def backward_keys(
         grad_of = grad_out + head * HEAD_DIM
         lse_of = lse + head * total_q
         delta_of = delta + head * total_q
-        if CAUSAL:
-            dk_KD, dv_KD = _dkv_queries(
-                dk_KD, dv_KD, k_KD, v_KD, keys, q_of, grad_of, lse_of, delta_of, begin_q, len_q,
-                len_k, prefix, q_token, dense, some, every, scale_log2,
-                True, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION,
-            )  # fmt: skip
         dk_KD, dv_KD = _dkv_queries(
             dk_KD, dv_KD, k_KD, v_KD, keys, q_of, grad_of, lse_of, delta_of, begin_q, len_q,
-            len_k, prefix, q_token, dense, every, len_q, scale_log2,
-            False, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION,
+            len_k, prefix, q_token, dense, first_row, scale_log2,
+            CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION,
         )  # fmt: skip
     dense_k = num_kv_heads * (HEAD_DIM // 8)
     dk += kv_head.to(tl.int64) * HEAD_DIM
