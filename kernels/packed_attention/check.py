@@ -3,6 +3,7 @@
 csrc/packed_attention/check.h says the same in the same words.
 """
 
+import itertools
 import math
 
 import torch
@@ -117,7 +118,7 @@ def _check_starts(of: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> l
             f"cu_seqlens_{of} must begin with 0 and end with total_{of} = {total}, "
             f"got {starts[0]} and {starts[-1]}"
         )
-    for i, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for i, (begin, end) in enumerate(itertools.pairwise(starts)):
         if end < begin:
             raise _error(f"cu_seqlens_{of} must not decrease, got {begin} then {end} at {i}")
         if end - begin > max_seqlen:

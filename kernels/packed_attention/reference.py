@@ -132,8 +132,8 @@ def packed_attention_backward(
     check(q_QHD, k_KGD, v_KGD, *lengths, causal, prefix_lengths, scale)
     check_backward(grad_out_QHD, grad_lse_HQ, q_QHD, out_QHD, lse_HQ)
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q_QHD, k_KGD, v_KGD)]
-        out, lse = packed_attention(*inputs, *lengths, causal, prefix_lengths, scale)
+        q, k, v = inputs = [x.detach().requires_grad_() for x in (q_QHD, k_KGD, v_KGD)]
+        out, lse = packed_attention(q, k, v, *lengths, causal, prefix_lengths, scale)
         grad_lse = torch.zeros_like(lse) if grad_lse_HQ is None else grad_lse_HQ
         dq, dk, dv = torch.autograd.grad([out, lse], inputs, [grad_out_QHD, grad_lse])
     return dq.contiguous(), dk.contiguous(), dv.contiguous()

@@ -131,9 +131,7 @@ def forward(
     visible = _visible(rows, len_q, len_k, prefix, CAUSAL)
     seen_by_all = _visible(first_row, len_q, len_k, prefix, CAUSAL) // BLOCK_K * BLOCK_K
     seen_by_all = tl.maximum(seen_by_all, 0)
-    seen_by_any = _visible(
-        tl.minimum(first_row + BLOCK_Q, len_q) - 1, len_q, len_k, prefix, CAUSAL
-    )
+    seen_by_any = _visible(tl.minimum(first_row + BLOCK_Q, len_q) - 1, len_q, len_k, prefix, CAUSAL)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -216,9 +214,7 @@ def backward_queries(
     visible = _visible(rows, len_q, len_k, prefix, CAUSAL)
     seen_by_all = _visible(first_row, len_q, len_k, prefix, CAUSAL) // BLOCK_K * BLOCK_K
     seen_by_all = tl.maximum(seen_by_all, 0)
-    seen_by_any = _visible(
-        tl.minimum(first_row + BLOCK_Q, len_q) - 1, len_q, len_k, prefix, CAUSAL
-    )
+    seen_by_any = _visible(tl.minimum(first_row + BLOCK_Q, len_q) - 1, len_q, len_k, prefix, CAUSAL)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     acc = _dq_keys(
         acc, q_QD, grad_QD, lse_log2, row_delta, k, v, begin_k, len_k, k_token, v_token, visible,

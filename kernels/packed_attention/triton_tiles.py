@@ -46,7 +46,7 @@ _TILES: dict[tuple[str, int], dict[int, Tile]] = {
     ("backward_keys", 2): {
         64: Tile(64, 64, 4, 2),
         128: Tile(64, 64, 8, 2),
-        256: Tile(32, 64, 8, 2),
+        256: Tile(16, 64, 8, 2),
     },
     ("backward_keys", 4): {
         64: Tile(32, 64, 8, 1),
