@@ -30,7 +30,7 @@ _TILES: dict[tuple[str, int], dict[int, Tile]] = {
     },
     ("forward", 4): {
         64: Tile(64, 32, 4, 2),
-        128: Tile(64, 16, 8, 2),
+        128: Tile(64, 16, 4, 2),
         256: Tile(64, 16, 8, 2),
     },
     ("backward_queries", 2): {
@@ -40,8 +40,8 @@ _TILES: dict[tuple[str, int], dict[int, Tile]] = {
     },
     ("backward_queries", 4): {
         64: Tile(64, 32, 4, 2),
-        128: Tile(64, 32, 8, 2),
-        256: Tile(32, 16, 8, 1),
+        128: Tile(64, 16, 4, 1),
+        256: Tile(32, 32, 4, 1),
     },
     ("backward_keys", 2): {
         64: Tile(64, 64, 4, 2),
