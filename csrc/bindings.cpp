@@ -25,6 +25,15 @@ TORCH_LIBRARY(carillon, m) {
       "contrastive_sigmoid_backward(Tensor rows, Tensor columns, Tensor scale, Tensor bias, "
       "int first_column, Tensor? row_ids, Tensor? column_ids, Tensor row_loss_grad) -> "
       "(Tensor rows_grad, Tensor columns_grad, Tensor scale_grad, Tensor bias_grad)");
+  m.def(
+      "packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal=False, Tensor? prefix_lengths=None, "
+      "float? scale=None) -> (Tensor, Tensor)");
+  m.def(
+      "packed_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+      "SymInt max_seqlen_k, bool causal=False, Tensor? prefix_lengths=None, float? scale=None) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 #ifdef CARILLON_WITH_CUDA

@@ -44,6 +44,15 @@ class Op:
         return f"carillon.kernels.{self.folder or self.name}"
 
 
+def _op(name: str, folder: str = "") -> Op:
+    """One with a native provider on the CPU and Triton's on CUDA."""
+    return Op(
+        name=name,
+        providers={"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference")},
+        folder=folder,
+    )
+
+
 OPS: Mapping[str, Op] = MappingProxyType(
     {
         op.name: op
@@ -54,20 +63,18 @@ OPS: Mapping[str, Op] = MappingProxyType(
                 # training step: it is taken by name only until it has.
                 providers={"cpu": ("native", "reference"), "cuda": ("reference", "native")},
             ),
-            Op(
-                name="contrastive",
-                providers={
-                    "cpu": ("native", "reference", "triton"),
-                    "cuda": ("triton", "reference"),
-                },
-            ),
-            Op(
-                name="contrastive_sigmoid",
-                folder="contrastive",
-                providers={
-                    "cpu": ("native", "reference", "triton"),
-                    "cuda": ("triton", "reference"),
-                },
+            _op("contrastive"),
+            _op("contrastive_sigmoid", "contrastive"),
+            _op("packed_attention"),
+            # What the autograd formula of the one before calls.
+            _op("packed_attention_backward", "packed_attention"),
+            _op("fp8_cast"),
+            *(
+                _op(name, "moe_routing")
+                for name in (
+                    *("moe_topk", "moe_plan", "moe_permute", "moe_unpermute"),
+                    *("grouped_mm", "gather_grouped_mm"),
+                )
             ),
         )
     }

@@ -35,4 +35,20 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     # As above; the losses are sums of positive terms.
     ("contrastive_sigmoid", torch.float32): Tolerance(atol=1e-6, rtol=1e-5),
     ("contrastive_sigmoid", torch.bfloat16): Tolerance(atol=1e-6, rtol=2.0**-7),
+    # For values of size at most 4, as a normalised layer gives, and the default scale. A score is a
+    # sum of head_dim products: about sqrt(256) roundings of partial sums of size under 16, so
+    # 16 * 16 * 2^-24 = 1.5e-5, at most, and 1 / 4 of it where scores are of usual size. That is the
+    # relative error of a weight; out is a mean of values of size 1 by these weights, and lse has
+    # the score's error itself, whatever the inputs' dtype. Larger scores: in proportion.
+    ("packed_attention", torch.float32): Tolerance(atol=5e-6, rtol=2e-6),
+    # A weight is rounded to bfloat16 before the product with values of size at most 4, 2^-9 * 4;
+    # then out is rounded, 2^-9 relative, of which the double lets a tie pass.
+    ("packed_attention", torch.bfloat16): Tolerance(atol=2.0**-7, rtol=2.0**-8),
+    # Gradients are sums over tokens that cancel, so they are divided by the largest of dq, dk and
+    # dv before they are compared. dS = P * (dP - delta) has the errors of P (above) and of two sums
+    # of head_dim products, each relative to numbers several times dS.
+    ("packed_attention_backward", torch.float32): Tolerance(atol=1e-5, rtol=2e-6),
+    # P and dS are rounded to bfloat16, delta is of an out that was rounded: each 2^-9 of terms
+    # whose sum is the gradient, twice the largest gradient at most; and the result is rounded.
+    ("packed_attention_backward", torch.bfloat16): Tolerance(atol=2.0**-7, rtol=2.0**-8),
 }
