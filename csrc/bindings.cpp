@@ -8,6 +8,10 @@
 
 TORCH_LIBRARY(carillon, m) {
   m.def("image_normalize(Tensor images, float[] mean, float[] std, ScalarType dtype) -> Tensor");
+  m.def(
+      "fp8_cast(Tensor x, str granularity, ScalarType dtype, Tensor? scale=None, *, "
+      "bool column=False, bool power_of_two=False, bool check_finite=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 #ifdef CARILLON_WITH_CUDA

@@ -54,6 +54,13 @@ OPS: Mapping[str, Op] = MappingProxyType(
                 # training step: it is taken by name only until it has.
                 providers={"cpu": ("native", "reference"), "cuda": ("reference", "native")},
             ),
+            Op(
+                name="fp8_cast",
+                providers={
+                    "cpu": ("native", "reference", "triton"),
+                    "cuda": ("triton", "reference"),
+                },
+            ),
         )
     }
 )
