@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +46,9 @@ class KernelFigures(NamedTuple):
 class CompileCase(NamedTuple):
     """One Triton kernel at the sizes that it is launched with.
 
-    `signature` has Triton's type of each argument that is not a constexpr ("*bf16", "i32", ...).
+    `signature` has Triton's type of each argument that is not a constexpr ("*bf16", "i32", ...);
+    `divisible` names those that are multiples of 16 at such a launch, addresses included: Triton
+    finds that out itself then, and vectorises accesses by it.
     """
 
     name: str
@@ -55,6 +57,7 @@ class CompileCase(NamedTuple):
     constexprs: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    divisible: Sequence[str] = ()
 
 
 Report = dict[tuple[str, str], KernelFigures]
@@ -105,7 +108,9 @@ def compile_triton(case: CompileCase) -> KernelFigures:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(case.kernel, dict(case.signature), dict(case.constexprs))
+    names = case.kernel.arg_names
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
+    source = ASTSource(case.kernel, dict(case.signature), dict(case.constexprs), attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
