@@ -1,10 +1,10 @@
 """Delayed scaling: the scale of the next cast from the amaxes of the last ones.
 
 A scale that is known before the cast makes tensorwise fp8_cast one read of x. The rule is that of
-NVIDIA's Transformer Engine (recipe DelayedScaling, amax_compute_algo "max"): the largest of the last
-n amaxes, over fp8_max, times 2^margin; the scale stays as it is where that amax is 0. It differs in
-one thing: an amax that is not finite is not counted, where Transformer Engine keeps the scale for as
-long as it is in the history. All runs on the device, without waiting for it.
+NVIDIA's Transformer Engine (recipe DelayedScaling, amax_compute_algo "max"): the largest of the
+last n amaxes, over fp8_max, times 2^margin; the scale stays as it is where that amax is 0. It
+differs in one thing: an amax that is not finite is not counted, where Transformer Engine keeps the
+scale for as long as it is in the history. All runs on the device, without waiting for it.
 Left out: the reduction over ranks, which the caller does to the amax before `record`.
 """
 
@@ -24,7 +24,12 @@ class AmaxHistory:
     """
 
     def __init__(
-        self, length: int, dtype: torch.dtype, *, margin: int = 0, device: torch.device | str = "cpu"
+        self,
+        length: int,
+        dtype: torch.dtype,
+        *,
+        margin: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
         """`length` amaxes are kept; `margin` leaves room for 2^margin times the largest of them.
 

@@ -1,7 +1,7 @@
 """Where the scales of an fp8 copy stand in memory, as torch._scaled_mm wants them.
 
-Shapes are those of a copy with R rows and C columns. A copy is an operand as it is, `(copy, scale)`,
-or the second one transposed, `(copy.t(), scale.t())`, at any granularity:
+Shapes are those of a copy with R rows and C columns. A copy is the first operand as it is,
+`(copy, scale)`, or the second one transposed, `(copy.t(), scale.t())`, at any granularity:
 
 | granularity | shape | order |
 | --- | --- | --- |

@@ -26,11 +26,14 @@ MIN_SCALE = 2.0**-126
 
 
 class Fp8Copies(NamedTuple):
-    """The copies of one matrix; without `column` both of its tensors have the shape (0, 0)."""
+    """The copies (M, K) and (K, M) of one matrix, their scales, and the largest magnitude.
 
-    row_MK: Tensor
+    Where the column copy is not asked for, it and its scale have the shape (0, 0).
+    """
+
+    row: Tensor
     row_scale: Tensor
-    column_KM: Tensor
+    column: Tensor
     column_scale: Tensor
     amax: Tensor
 
@@ -75,8 +78,8 @@ def fp8_cast(
             or not one float32 value; with check_finite, x with NaN or infinity, or a scale that is
             not positive and finite.
 
-    Source: DeepSeek-V3 (arXiv 2412.19437) section 3.3 for the blocks and the powers of two; Micikevicius
-    et al. (arXiv 2209.05433) for the formats.
+    Source: DeepSeek-V3 (arXiv 2412.19437) section 3.3 for the blocks and the powers of two;
+    Micikevicius et al. (arXiv 2209.05433) for the formats.
     """
     check(x_MK, granularity, dtype, scale, power_of_two)
     x_MK = x_MK.detach()
@@ -123,12 +126,12 @@ def group_amax(x_RC: Tensor, granularity: str) -> Tensor:
         return torch.nn.functional.pad(finite_RC, (0, 1)).amax(1, keepdim=True)
     columns = num_blocks(num_columns)
     padded = torch.nn.functional.pad(finite_RC, (0, columns * BLOCK - num_columns))
-    amax_RB = padded.unflatten(1, (columns, BLOCK)).amax(2)
+    amax_RB = padded.reshape(num_rows, columns, BLOCK).amax(2)
     if granularity == "1x128":
         return amax_RB
     rows = num_blocks(num_rows)
     padded = torch.nn.functional.pad(amax_RB, (0, 0, 0, rows * BLOCK - num_rows))
-    return padded.unflatten(0, (rows, BLOCK)).amax(1)
+    return padded.reshape(rows, BLOCK, columns).amax(1)
 
 
 def scale_from_amax(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:

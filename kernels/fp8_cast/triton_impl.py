@@ -142,9 +142,10 @@ def cast_tiles(
     tile_columns = tl.arange(0, step)
     rows = pid_m * block + tile_rows
     row_in = rows < m
+    blockwise: tl.constexpr = granularity == _1X128 or granularity == _128X128
     largest = tl.zeros((block,), tl.int32)
     row_amax = tl.zeros((block,), tl.int32)
-    if granularity == _1X128 or granularity == _128X128:
+    if blockwise:
         for first in tl.static_range(0, block, step):
             x_bits = _load(x_ptr, m, k, pid_m, pid_k * block + first, block, step)
             every, finite = _magnitudes(x_bits)
@@ -179,7 +180,8 @@ def cast_tiles(
         tl.store(row_scale_ptr + scale_at, row_scale, mask=row_in)
         row_inverse = _inverse(row_scale)[:, None]
 
-    own_columns: tl.constexpr = column and (granularity == _ROWWISE or granularity == _1X128)
+    tensorlike: tl.constexpr = granularity == _TENSORWISE or granularity == _128X128
+    own_columns: tl.constexpr = column and not tensorlike
     if own_columns:
         all_columns = pid_k * block + tl.arange(0, block)
         all_in = all_columns < k
@@ -216,7 +218,7 @@ def cast_tiles(
             inside = column_in[:, None] & row_in[None, :]
             code_at = tile_columns[:, None] * m + tile_rows[None, :]
             tl.store(start + code_at, tl.trans(column_code), mask=inside)
-    if given or granularity == _1X128 or granularity == _128X128:
+    if given or blockwise:
         tl.atomic_max(amax_ptr, tl.max(largest, 0), sem="relaxed")
 
 
@@ -235,7 +237,6 @@ def fp8_cast(
     row_MK, row_scale, column_KM, column_scale, _ = new_outputs(x_MK, granularity, dtype, column)
     amax_bits = x_MK.new_zeros((), dtype=torch.int32)
     amax = amax_bits.view(torch.float32)
-    m, k = x_MK.shape
     if x_MK.numel() == 0:
         for each in (row_scale, column_scale):
             each.fill_(1.0) if scale is None else each.copy_(scale.reshape(()))
@@ -273,7 +274,8 @@ def _launch(
         find_amax[grid](x_bits, amax_bits, groups, m, k, **settings)
     if column and granularity in ("rowwise", "1x128"):
         inverses = torch.empty_like(column_scale)
-        groups = groups if granularity == "rowwise" else torch.empty_like(inverses).view(torch.int32)
+        if granularity == "1x128":
+            groups = torch.empty_like(inverses, dtype=torch.int32)
     strides = [*_strides(row_scale), *_strides(column_scale)]
     if granularity == "rowwise":  # one scale a column, and no blocks
         strides[3] = 0
@@ -305,7 +307,8 @@ def compile_cases() -> list[CompileCase]:
 
 def _cast_case(bits: str, granularity: str, dtype: torch.dtype, given: bool) -> CompileCase:
     pointers = {"x_ptr": f"*{bits}", "row_ptr": "*u8", "column_ptr": "*u8"}
-    pointers |= dict.fromkeys(("row_scale_ptr", "column_scale_ptr", "inverse_ptr", "given_ptr"), "*fp32")
+    scales = ("row_scale_ptr", "column_scale_ptr", "inverse_ptr", "given_ptr")
+    pointers |= dict.fromkeys(scales, "*fp32")
     pointers |= dict.fromkeys(("amax_ptr", "group_ptr"), "*i32")
     sizes = ("m", "k", "row_stride", "row_block_stride", "column_stride", "column_block_stride")
     constants = {

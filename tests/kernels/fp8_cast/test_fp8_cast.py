@@ -94,10 +94,10 @@ def test_matches_definition(
         x = matrix((130, 257), input_dtype)
         op = resolve("fp8_cast", "cpu", provider)
         copies = Fp8Copies(*op(x, granularity, dtype, column=True, power_of_two=power_of_two))
-        assert copies.row_MK.is_contiguous()
-        assert copies.column_KM.is_contiguous()
-        assert_defined(x, copies.row_MK, copies.row_scale, granularity, power_of_two)
-        assert_defined(x.t(), copies.column_KM, copies.column_scale, granularity, power_of_two)
+        assert copies.row.is_contiguous()
+        assert copies.column.is_contiguous()
+        assert_defined(x, copies.row, copies.row_scale, granularity, power_of_two)
+        assert_defined(x.t(), copies.column, copies.column_scale, granularity, power_of_two)
         assert copies.amax == x.abs().max()
 
 
@@ -138,8 +138,8 @@ def test_codes_are_those_of_torchs_own_cast(provider: str, dtype: torch.dtype) -
     for x in (all_bfloat16(), near_every_midpoint(dtype)):
         copies = Fp8Copies(*op(x, "tensorwise", dtype, one, column=True))
         wanted = x.float().clamp(-limit, limit).to(dtype)
-        assert_same_bits(copies.row_MK, wanted)
-        assert_same_bits(copies.column_KM, wanted.t().contiguous())
+        assert_same_bits(copies.row, wanted)
+        assert_same_bits(copies.column, wanted.t().contiguous())
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -149,13 +149,13 @@ def test_zeros_and_subnormals(provider: str, granularity: str) -> None:
     x = torch.zeros(3, 130)
     copies = Fp8Copies(*op(x, granularity, torch.float8_e4m3fn, column=True))
     assert copies.amax == 0
-    for codes, scale in ((copies.row_MK, copies.row_scale), (copies.column_KM, copies.column_scale)):
+    for codes, scale in ((copies.row, copies.row_scale), (copies.column, copies.column_scale)):
         assert (codes.view(torch.uint8) == 0).all()
         assert (scale == 1).all()
     x[1, 2] = 2.0**-140
     copies = Fp8Copies(*op(x, granularity, torch.float8_e4m3fn))
     assert copies.row_scale.min() == 2.0**-126
-    assert torch.equal(copies.row_MK.float(), (x * 2.0**126).to(torch.float8_e4m3fn).float())
+    assert torch.equal(copies.row.float(), (x * 2.0**126).to(torch.float8_e4m3fn).float())
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -171,7 +171,7 @@ def test_infinities_saturate_and_nan_stays(
     op, limit = resolve("fp8_cast", "cpu", provider), FP8_MAX[dtype]
     copies = Fp8Copies(*op(x, granularity, dtype, column=True))
     alone = Fp8Copies(*op(clean, granularity, dtype, column=True))
-    for codes, other in ((copies.row_MK, alone.row_MK), (copies.column_KM.t(), alone.column_KM.t())):
+    for codes, other in ((copies.row, alone.row), (copies.column.t(), alone.column.t())):
         values = codes.float()
         assert (values[1, 3], values[2, 4]) == (limit, -limit)
         assert values.isnan().nonzero().tolist() == [[3, 5]]
@@ -188,8 +188,8 @@ def test_the_largest_floats_do_not_overflow(provider: str) -> None:
     x = torch.tensor([[3.4028234e38, -1e38, 1e-38, 0.0]])
     for dtype in FORMATS:
         copies = Fp8Copies(*resolve("fp8_cast", "cpu", provider)(x, "tensorwise", dtype))
-        assert copies.row_MK[0, 0].float() == FP8_MAX[dtype]
-        back = dequantize(copies.row_MK, copies.row_scale, torch.float64)
+        assert copies.row[0, 0].float() == FP8_MAX[dtype]
+        back = dequantize(copies.row, copies.row_scale, torch.float64)
         torch.testing.assert_close(back, x.double(), rtol=0.13, atol=1e33)
 
 

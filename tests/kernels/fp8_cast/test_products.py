@@ -1,4 +1,4 @@
-"""The three products of a linear layer from single reads, by torch._scaled_mm, in derived bounds."""
+"""The three products of a linear layer from single reads, within bounds that are derived."""
 
 import pytest
 import torch
@@ -30,11 +30,11 @@ Operand = tuple[Tensor, Tensor, Tensor]  # of R rows and C columns: the values, 
 
 
 def row(x: Tensor, copies: Fp8Copies) -> Operand:
-    return x, copies.row_MK, copies.row_scale
+    return x, copies.row, copies.row_scale
 
 
 def column(x: Tensor, copies: Fp8Copies) -> Operand:
-    return x.t(), copies.column_KM, copies.column_scale
+    return x.t(), copies.column, copies.column_scale
 
 
 def error(operand: Operand) -> Tensor:
