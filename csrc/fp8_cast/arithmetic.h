@@ -4,6 +4,7 @@
 // whatever instruction set they are compiled.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 
@@ -50,20 +51,22 @@ inline Bits finite_magnitude(Bits bits) {
   return value < kInfiniteBits<Bits> ? value : Bits{0};
 }
 
+// Comparisons are of bits and not of floats: they become one minimum or one mask, and NaN, whose bits
+// are above all others, is put right at the end.
 template <typename Format>
 inline uint8_t encode(float value) {
   constexpr int kShift = 23 - Format::kMantissaBits;
   constexpr uint32_t kRebias = uint32_t{127 - Format::kBias} << 23;
   const uint32_t bits = std::bit_cast<uint32_t>(value);
-  float size = std::bit_cast<float>(bits & 0x7fffffff);
-  size = size > Format::kMax ? Format::kMax : size;  // NaN compares false and stays
-  const uint32_t size_bits = std::bit_cast<uint32_t>(size);
-  const uint32_t odd = (size_bits >> kShift) & 1;
-  const uint32_t normal = (size_bits - kRebias + (1u << (kShift - 1)) - 1 + odd) >> kShift;
+  const uint32_t unlimited = bits & 0x7fffffff;
+  const uint32_t size = std::min(unlimited, std::bit_cast<uint32_t>(Format::kMax));
+  const uint32_t odd = (size >> kShift) & 1;
+  const uint32_t normal = (size - kRebias + (1u << (kShift - 1)) - 1 + odd) >> kShift;
   const uint32_t subnormal =
-      std::bit_cast<uint32_t>(size + Format::kMagic) - std::bit_cast<uint32_t>(Format::kMagic);
-  uint32_t code = size < Format::kMinNormal ? subnormal : normal;
-  code = size_bits > kInfinity ? 0x7f : code;
+      std::bit_cast<uint32_t>(std::bit_cast<float>(size) + Format::kMagic) -
+      std::bit_cast<uint32_t>(Format::kMagic);
+  uint32_t code = size < std::bit_cast<uint32_t>(Format::kMinNormal) ? subnormal : normal;
+  code = unlimited > kInfinity ? 0x7f : code;
   return static_cast<uint8_t>(code | ((bits >> 24) & 0x80));
 }
 

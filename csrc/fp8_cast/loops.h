@@ -31,6 +31,19 @@ inline __attribute__((always_inline)) Largest<Bits> largest(const Bits* x, int64
 }
 
 template <typename Bits>
+inline __attribute__((always_inline)) Bits largest_finite(const Bits* x, int64_t count) {
+  Bits finite = 0;
+  for (int64_t i = 0; i < count; ++i) finite = std::max(finite, finite_magnitude(x[i]));
+  return finite;
+}
+
+template <typename Bits>
+inline __attribute__((always_inline)) void raise_any(const Bits* x, int64_t count,
+                                                     Bits* __restrict largest) {
+  for (int64_t i = 0; i < count; ++i) largest[i] = std::max(largest[i], magnitude(x[i]));
+}
+
+template <typename Bits>
 inline __attribute__((always_inline)) void raise(const Bits* x, int64_t count,
                                                  Bits* __restrict largest) {
   for (int64_t i = 0; i < count; ++i) largest[i] = std::max(largest[i], finite_magnitude(x[i]));
@@ -54,10 +67,17 @@ inline __attribute__((always_inline)) void encode_by_each(const Bits* x, int64_t
 
 namespace {
 
-// Of bits in: the largest magnitudes of `count` values; raises `largest` to those of each column.
+// The largest magnitudes of `count` values; raising `largest` to those of each column, which is
+// cheaper, because it reduces nothing across a register.
 #define CARILLON_FP8_LARGEST(Bits)                                                         \
   CARILLON_CPU_CLONES Largest<Bits> largest(const Bits* x, int64_t count) {                \
     return loop::largest(x, count);                                                        \
+  }                                                                                        \
+  CARILLON_CPU_CLONES Bits largest_finite(const Bits* x, int64_t count) {                  \
+    return loop::largest_finite(x, count);                                                 \
+  }                                                                                        \
+  CARILLON_CPU_CLONES void raise_any(const Bits* x, int64_t count, Bits* largest) {        \
+    loop::raise_any(x, count, largest);                                                    \
   }                                                                                        \
   CARILLON_CPU_CLONES void raise(const Bits* x, int64_t count, Bits* largest) {            \
     loop::raise(x, count, largest);                                                        \

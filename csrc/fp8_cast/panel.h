@@ -68,11 +68,11 @@ class Panel {
   // The largest magnitude of the panel whose first value is at (row, column).
   Bits amax(int64_t row, int64_t column) const {
     const int64_t width = std::min(kPanelColumns, matrix_.num_columns - column);
-    Bits any = 0;
+    Bits any[kPanelColumns] = {};
     for (int64_t r = row; r < std::min(row + kPanelRows, matrix_.num_rows); ++r) {
-      any = std::max(any, largest(at(r, column), width).any);
+      raise_any(at(r, column), width, any);
     }
-    return any;
+    return *std::max_element(any, any + width);
   }
 
   void cast(int64_t row, int64_t column) {
@@ -104,7 +104,8 @@ class Panel {
       encode_by_one(Format{}, values, columns, row_inverse_[r], codes);
       if (!copies_.with_column) continue;
       if (same) {
-        std::memcpy(tile + r * kTileStride, codes, columns);
+        // Encoding again is faster than a copy, which would wait for the stores of `codes`.
+        encode_by_one(Format{}, values, columns, row_inverse_[r], tile + r * kTileStride);
       } else {
         encode_by_each(Format{}, values, columns, column_inverse_, tile + r * kTileStride);
       }
@@ -123,11 +124,9 @@ class Panel {
     } else if (granularity_ == Granularity::k1x128) {
       find_scales_1x128(row, column, rows, columns);
     } else {
-      Bits amax = 0;
-      for (int64_t r = 0; r < rows; ++r) {
-        amax = std::max(amax, largest(at(row + r, column), columns).finite);
-      }
-      const float scale = rule_.scale(to_float(amax));
+      Bits amax[kBlock] = {};
+      for (int64_t r = 0; r < rows; ++r) raise(at(row + r, column), columns, amax);
+      const float scale = rule_.scale(to_float(largest_finite(amax, columns)));
       copies_.row_scale.at(row / kBlock, column / kBlock) = scale;
       if (copies_.with_column) copies_.column_scale.at(column / kBlock, row / kBlock) = scale;
       std::fill_n(row_inverse_, rows, 1.0f / scale);
@@ -138,7 +137,7 @@ class Panel {
     Bits column_amax[kBlock] = {};
     for (int64_t r = 0; r < rows; ++r) {
       const Bits* values = at(row + r, column);
-      const float scale = rule_.scale(to_float(largest(values, columns).finite));
+      const float scale = rule_.scale(to_float(largest_finite(values, columns)));
       copies_.row_scale.at(row + r, column / kBlock) = scale;
       row_inverse_[r] = 1.0f / scale;
       if (copies_.with_column) raise(values, columns, column_amax);
