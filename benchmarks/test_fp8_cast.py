@@ -2,9 +2,10 @@
 
 Run by `pytest benchmarks/test_fp8_cast.py --benchmark-json=FILE`, on one thread. The sides take
 turns, and the ratio is the median over turns of torch's time over ours, of the core's time, because
-other work on the machine does not enter it. Two compositions: "float32" rounds as the op does; "bfloat16" divides in
-bfloat16, so it rounds twice and is cheaper. The bar is held against the first. No backward: the op
-has none. Output buffers are fresh at each call, so page faults are part of the time.
+other work on the machine does not enter it. Two compositions: "float32" rounds as the op does;
+"bfloat16" divides in bfloat16, so it rounds twice and is cheaper. The bar is held against the
+first. No backward: the op has none. Output buffers are fresh at each call, so page faults are part
+of the time.
 """
 
 import statistics
