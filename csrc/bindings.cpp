@@ -34,6 +34,10 @@ TORCH_LIBRARY(carillon, m) {
       "Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
       "SymInt max_seqlen_k, bool causal=False, Tensor? prefix_lengths=None, float? scale=None) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "fp8_cast(Tensor x, str granularity, ScalarType dtype, Tensor? scale=None, *, "
+      "bool column=False, bool power_of_two=False, bool check_finite=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 #ifdef CARILLON_WITH_CUDA

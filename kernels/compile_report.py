@@ -102,8 +102,8 @@ def compile_source(source: Path, include: Path) -> Iterator[tuple[str, KernelFig
         yield kernel, figures._replace(wgmma=kernel in with_wgmma)
 
 
-def compile_triton(case: CompileCase) -> KernelFigures:
-    """Compiles one Triton kernel for sm_90, without a GPU."""
+def compile_case(case: CompileCase) -> Any:
+    """Compiles one Triton kernel for sm_90, without a GPU; returns Triton's compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -115,7 +115,12 @@ def compile_triton(case: CompileCase) -> KernelFigures:
     }
     source = ASTSource(case.kernel, dict(case.signature), dict(case.constexprs), attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def compile_triton(case: CompileCase) -> KernelFigures:
+    """What one Triton kernel costs on sm_90."""
+    compiled = compile_case(case)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])

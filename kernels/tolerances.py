@@ -51,4 +51,12 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     # P and dS are rounded to bfloat16, delta is of an out that was rounded: each 2^-9 of terms
     # whose sum is the gradient, twice the largest gradient at most; and the result is rounded.
     ("packed_attention_backward", torch.bfloat16): Tolerance(atol=2.0**-7, rtol=2.0**-8),
+    # Codes against x / scale: the inverse scale and the product are rounded to float32 (2^-24
+    # each), the code to 3 bits, half a unit of which is 2^-4 of a normal value and half of the
+    # smallest subnormal, 2^-10, below those. Providers agree with the reference to the bit.
+    ("fp8_cast", torch.float8_e4m3fn): Tolerance(atol=2.0**-10, rtol=2.0**-4 + 2.0**-22),
+    # The same with 2 bits, and a smallest subnormal of 2^-16.
+    ("fp8_cast", torch.float8_e5m2): Tolerance(atol=2.0**-17, rtol=2.0**-3 + 2.0**-22),
+    # Scales: one rounded division, 2^-24 relative; they are above the subnormal numbers.
+    ("fp8_cast", torch.float32): Tolerance(atol=0.0, rtol=2.0**-24),
 }
