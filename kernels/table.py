@@ -54,6 +54,24 @@ OPS: Mapping[str, Op] = MappingProxyType(
                 # training step: it is taken by name only until it has.
                 providers={"cpu": ("native", "reference"), "cuda": ("reference", "native")},
             ),
+            *(
+                Op(
+                    name=name,
+                    providers={
+                        "cpu": ("native", "reference", "triton"),
+                        "cuda": ("triton", "reference"),
+                    },
+                    folder="moe_routing",
+                )
+                for name in (
+                    "moe_topk",
+                    "moe_plan",
+                    "moe_permute",
+                    "moe_unpermute",
+                    "grouped_mm",
+                    "gather_grouped_mm",
+                )
+            ),
         )
     }
 )
