@@ -47,6 +47,8 @@ class CompileCase(NamedTuple):
     """One Triton kernel at the sizes that it is launched with.
 
     `signature` has Triton's type of each argument that is not a constexpr ("*bf16", "i32", ...).
+    `divisible` names whole numbers that are multiples of 16 where it is launched so, which lets
+    Triton load whole vectors; that pointers are aligned to 16 bytes is taken for granted.
     """
 
     name: str
@@ -55,6 +57,7 @@ class CompileCase(NamedTuple):
     constexprs: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    divisible: tuple[str, ...] = ()
 
 
 Report = dict[tuple[str, str], KernelFigures]
@@ -105,7 +108,12 @@ def compile_triton(case: CompileCase) -> KernelFigures:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(case.kernel, dict(case.signature), dict(case.constexprs))
+    attributes = {
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(case.kernel.arg_names)
+        if name in case.divisible or str(case.signature.get(name, "")).startswith("*")
+    }
+    source = ASTSource(case.kernel, dict(case.signature), dict(case.constexprs), attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:

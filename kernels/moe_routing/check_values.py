@@ -37,7 +37,8 @@ def check_inverse(op: str, row_to_slot_R: Tensor, slot_to_row_TK: Tensor) -> Non
     num_filled = int((row_to_slot_R != -1).sum())
     if not torch.equal(back_S, kept_S) or num_filled != len(kept_S):
         raise ValueError(
-            f"{op}: row_to_slot and slot_to_row must be each other's inverse, as moe_plan gives them"
+            f"{op}: row_to_slot and slot_to_row must be each other's inverse, as moe_plan "
+            "gives them"
         )
 
 

@@ -3,6 +3,7 @@
 A backward is an op of its own, so that torch.compile sees one call and each provider computes it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -166,7 +167,7 @@ def _gather_grouped_mm_backward(
     return x_TD.new_empty(x_TD.shape), weights_EDF.new_empty(weights_EDF.shape)
 
 
-_SHAPES = {
+_SHAPES: dict[str, Callable[..., Any]] = {
     "moe_topk": _topk,
     "moe_topk_backward": _topk_backward,
     "moe_plan": _plan,

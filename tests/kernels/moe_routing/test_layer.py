@@ -18,7 +18,7 @@ def dense_layer(leaves: dict[str, Tensor], k: int, score: str) -> tuple[Tensor, 
     scores_TE = logits_TE.softmax(1) if score == "softmax" else logits_TE.sigmoid()
     kept_TE = torch.zeros_like(logits_TE)
     for token, row in enumerate(logits_TE.tolist()):
-        for expert in sorted(range(num_experts), key=lambda e: (-row[e], e))[:k]:  # noqa: B023
+        for expert in sorted(range(num_experts), key=lambda e: (-row[e], e))[:k]:
             kept_TE[token, expert] = 1
     gates_TE = scores_TE * kept_TE
     gates_TE = gates_TE / gates_TE.sum(1, keepdim=True)
