@@ -67,10 +67,10 @@ def _save_all(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 def _topk(
     logits_TE: Tensor,
     k: int,
-    score: str,
-    renormalize: bool,
-    scale: float,
-    selection_bias_E: Tensor | None,
+    score: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    selection_bias_E: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     check.check_topk(logits_TE, k, score, scale, selection_bias_E)
     num_tokens, num_experts = logits_TE.shape
@@ -97,7 +97,7 @@ def _topk_backward(
 
 
 def _plan(
-    indices_TK: Tensor, num_experts: int, alignment: int, capacity: int | None
+    indices_TK: Tensor, num_experts: int, alignment: int = 16, capacity: int | None = None
 ) -> tuple[Tensor, ...]:
     check.check_plan(indices_TK, num_experts, alignment, capacity)
     size = num_rows(indices_TK.shape[0] * indices_TK.shape[1], num_experts, alignment, capacity)
