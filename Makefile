@@ -64,6 +64,8 @@ bench: install-dev  ## speed of the operators (JSON in benchmarks/results)
 	  --benchmark-json=benchmarks/results/image_normalize.json
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_packed_attention.py \
 	  --benchmark-json=benchmarks/results/packed_attention.json
+	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_moe_routing.py \
+	  --benchmark-json=benchmarks/results/moe_routing.json
 
 # Against OpenCLIP, webdataset and a bare loop, on Flickr8k and the emoji set; about half an hour.
 bench-peers: bench-env  ## speed and final loss against peers (JSON in benchmarks/results)

@@ -38,6 +38,33 @@ TORCH_LIBRARY(carillon, m) {
       "fp8_cast(Tensor x, str granularity, ScalarType dtype, Tensor? scale=None, *, "
       "bool column=False, bool power_of_two=False, bool check_finite=False) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "moe_topk(Tensor logits, int k, str score=\"softmax\", bool renormalize=True, "
+      "float scale=1.0, Tensor? selection_bias=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "moe_topk_backward(Tensor grad_weights, Tensor grad_mean_scores, Tensor grad_z_loss, "
+      "Tensor logits, Tensor indices, str score, bool renormalize, float scale) -> Tensor");
+  m.def(
+      "moe_plan(Tensor indices, int num_experts, int alignment=16, int? capacity=None) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def("moe_permute(Tensor x, Tensor row_to_slot, Tensor slot_to_row) -> Tensor");
+  m.def("moe_permute_backward(Tensor grad, Tensor row_to_slot, Tensor slot_to_row) -> Tensor");
+  m.def(
+      "moe_unpermute(Tensor rows, Tensor weights, Tensor row_to_slot, Tensor slot_to_row) "
+      "-> Tensor");
+  m.def(
+      "moe_unpermute_backward(Tensor grad, Tensor rows, Tensor weights, Tensor row_to_slot, "
+      "Tensor slot_to_row) -> (Tensor, Tensor)");
+  m.def("grouped_mm(Tensor x, Tensor weights, Tensor offsets) -> Tensor");
+  m.def(
+      "grouped_mm_backward(Tensor grad, Tensor x, Tensor weights, Tensor offsets) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "gather_grouped_mm(Tensor x, Tensor weights, Tensor offsets, Tensor row_to_slot, "
+      "Tensor slot_to_row) -> Tensor");
+  m.def(
+      "gather_grouped_mm_backward(Tensor grad, Tensor x, Tensor weights, Tensor offsets, "
+      "Tensor row_to_slot, Tensor slot_to_row) -> (Tensor, Tensor)");
 }
 
 #ifdef CARILLON_WITH_CUDA

@@ -59,4 +59,29 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("fp8_cast", torch.float8_e5m2): Tolerance(atol=2.0**-17, rtol=2.0**-3 + 2.0**-22),
     # Scales: one rounded division, 2^-24 relative; they are above the subnormal numbers.
     ("fp8_cast", torch.float32): Tolerance(atol=0.0, rtol=2.0**-24),
+    # exp(x - max) inherits the rounding of its argument, of size at most 88 before exp is 0:
+    # 88 * 2^-24 = 5.2e-6 relative; exp itself, sums and divisions add a few units of 2^-24. The
+    # absolute part is for scores below it (a float32 exp ends at 1e-38), and for gradients where
+    # g - mean(g) cancels: a few units of 2^-24 of gradients of size 1.
+    ("moe_topk", torch.float32): Tolerance(atol=1e-6, rtol=6e-6),
+    # The gradient of bfloat16 logits: the same, rounded once.
+    ("moe_topk", torch.bfloat16): Tolerance(atol=1e-6, rtol=2.0**-8),
+    # Integers: exact.
+    ("moe_plan", torch.int32): Tolerance(atol=0.0, rtol=0.0),
+    # Forward is a copy; the gradient adds k rows in float32: k - 1 roundings of sums of size at
+    # most about 16 (k = 8 values of unit size): 7 * 16 * 2^-24 = 6.7e-6.
+    ("moe_permute", torch.float32): Tolerance(atol=7e-6, rtol=0.0),
+    ("moe_permute", torch.bfloat16): Tolerance(atol=7e-6, rtol=2.0**-8),
+    # k products, added in float32: 2k roundings of sums of size at most about 8, as above. The
+    # gradient of a weight is a dot product of D terms, whose D roundings of partial sums of size
+    # sqrt(D) walk randomly: for D <= 300, 4 * sqrt(300) * 17 * 2^-24 = 7e-5 at four deviations.
+    ("moe_unpermute", torch.float32): Tolerance(atol=7e-5, rtol=0.0),
+    ("moe_unpermute", torch.bfloat16): Tolerance(atol=7e-5, rtol=2.0**-8),
+    # Dot products of at most 300 terms of unit size in float32: as moe_unpermute's.
+    ("grouped_mm", torch.float32): Tolerance(atol=7e-5, rtol=0.0),
+    ("grouped_mm", torch.bfloat16): Tolerance(atol=7e-5, rtol=2.0**-8),
+    ("gather_grouped_mm", torch.float32): Tolerance(atol=7e-5, rtol=0.0),
+    # The gradient of x adds k rows that were rounded to bfloat16 and may cancel: for k = 3 rows of
+    # size at most 1 (tests scale the weights to that), 3 * 2^-9 = 6e-3.
+    ("gather_grouped_mm", torch.bfloat16): Tolerance(atol=6e-3, rtol=2.0**-8),
 }
