@@ -20,21 +20,19 @@ struct Largest {
 namespace loop {
 
 template <typename Bits>
-inline __attribute__((always_inline)) Largest<Bits> largest(const Bits* x, int64_t count) {
-  Bits any = 0;
-  Bits finite = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    any = std::max(any, magnitude(x[i]));
-    finite = std::max(finite, finite_magnitude(x[i]));
-  }
-  return {any, finite};
-}
-
-template <typename Bits>
 inline __attribute__((always_inline)) Bits largest_finite(const Bits* x, int64_t count) {
   Bits finite = 0;
   for (int64_t i = 0; i < count; ++i) finite = std::max(finite, finite_magnitude(x[i]));
   return finite;
+}
+
+// A second loop only where something is not finite: both maxima in one loop made rowwise casts of
+// 4096 x 4096 bfloat16 take 29 ms and not 11 (GCC 12, AVX-512).
+template <typename Bits>
+inline __attribute__((always_inline)) Largest<Bits> largest(const Bits* x, int64_t count) {
+  Bits any = 0;
+  for (int64_t i = 0; i < count; ++i) any = std::max(any, magnitude(x[i]));
+  return {any, any < kInfiniteBits<Bits> ? any : largest_finite(x, count)};
 }
 
 template <typename Bits>
