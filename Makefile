@@ -62,6 +62,10 @@ bench: install-dev  ## speed of the operators (JSON in benchmarks/results)
 	$(BIN)/pip install -q --no-build-isolation -e ".[bench]"
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_image_normalize.py \
 	  --benchmark-json=benchmarks/results/image_normalize.json
+	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_contrastive.py \
+	  --benchmark-json=benchmarks/results/contrastive.json
+	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_fp8_cast.py \
+	  --benchmark-json=benchmarks/results/fp8_cast.json
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_packed_attention.py \
 	  --benchmark-json=benchmarks/results/packed_attention.json
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_moe_routing.py \
