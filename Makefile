@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # CPU wheels of torch, where no package source that pip already knows has one.
 TORCH_VERSION ?= 2.13.0
+# What compiles and interprets the Triton kernels where torch's own build brings none.
+TRITON_VERSION ?= 3.6.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 QUICKSTART := recipes/emoji_quickstart.yaml
 
@@ -60,6 +62,14 @@ bench: install-dev  ## speed of the operators (JSON in benchmarks/results)
 	$(BIN)/pip install -q --no-build-isolation -e ".[bench]"
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_image_normalize.py \
 	  --benchmark-json=benchmarks/results/image_normalize.json
+	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_contrastive.py \
+	  --benchmark-json=benchmarks/results/contrastive.json
+	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_fp8_cast.py \
+	  --benchmark-json=benchmarks/results/fp8_cast.json
+	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_packed_attention.py \
+	  --benchmark-json=benchmarks/results/packed_attention.json
+	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_moe_routing.py \
+	  --benchmark-json=benchmarks/results/moe_routing.json
 
 # Against OpenCLIP, webdataset and a bare loop, on Flickr8k and the emoji set; about half an hour.
 bench-peers: bench-env  ## speed and final loss against peers (JSON in benchmarks/results)

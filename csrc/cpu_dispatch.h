@@ -15,3 +15,10 @@
 #else
 #define CARILLON_CPU_CLONES
 #endif
+
+// For what a clone calls: inlined, so that it is compiled for the clone's instruction set.
+#if defined(__GNUC__)
+#define CARILLON_INLINE __attribute__((always_inline)) inline
+#else
+#define CARILLON_INLINE inline
+#endif

@@ -1,9 +1,11 @@
 """The table of operators, and the choice of the provider that computes one.
 
-An operator is defined by its reference (plain torch, carillon.kernels.<op>.reference); a provider
-computes the same thing faster. The device picks the provider, or the caller names one; a provider
-that cannot run raises and says why. Nothing falls back by itself: a slow reference taken silently
-would look like a slow machine.
+An operator is defined by its reference (plain torch, carillon.kernels.<folder>.reference); a
+provider computes the same thing faster. The device picks the provider, or the caller names one; a
+provider that cannot run raises and says why. Nothing falls back by itself: a slow reference taken
+silently would look like a slow machine.
+`native` (C++ and CUDA) is torch.ops.carillon.<op>, `triton` is torch.ops.carillon_triton.<op>: the
+same schemas, which csrc/bindings.cpp declares, and the same shape functions and autograd formulas.
 Left out: choosing by shape or by measurement.
 """
 
@@ -12,12 +14,11 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-Kernel = Callable[..., Tensor]
+Kernel = Callable[..., Any]
 
 BUILD_COMMAND = "pip install -e . --no-build-isolation"
 
@@ -28,10 +29,28 @@ class ProviderError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """One operator: its providers by device type, the default one first."""
+    """One operator: its providers by device type, the default one first.
+
+    `folder` is where it is defined, for ops that share their definition with others.
+    """
 
     name: str
     providers: Mapping[str, tuple[str, ...]]
+    folder: str = ""
+
+    @property
+    def home(self) -> str:
+        """The package of its reference, registration and Triton kernels."""
+        return f"carillon.kernels.{self.folder or self.name}"
+
+
+def _op(name: str, folder: str = "") -> Op:
+    """One with a native provider on the CPU and Triton's on CUDA."""
+    return Op(
+        name=name,
+        providers={"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference")},
+        folder=folder,
+    )
 
 
 OPS: Mapping[str, Op] = MappingProxyType(
@@ -43,6 +62,19 @@ OPS: Mapping[str, Op] = MappingProxyType(
                 # The CUDA kernel has compiled, not run (docs/gpu-status.md), and is small beside a
                 # training step: it is taken by name only until it has.
                 providers={"cpu": ("native", "reference"), "cuda": ("reference", "native")},
+            ),
+            _op("contrastive"),
+            _op("contrastive_sigmoid", "contrastive"),
+            _op("packed_attention"),
+            # What the autograd formula of the one before calls.
+            _op("packed_attention_backward", "packed_attention"),
+            _op("fp8_cast"),
+            *(
+                _op(name, "moe_routing")
+                for name in (
+                    *("moe_topk", "moe_plan", "moe_permute", "moe_unpermute"),
+                    *("grouped_mm", "gather_grouped_mm"),
+                )
             ),
         )
     }
@@ -71,7 +103,7 @@ def resolve(op: str, device: torch.device | str, provider: str | None = None) ->
 
 
 def _reference(op: str, kind: str) -> Kernel:
-    return cast(Kernel, getattr(importlib.import_module(f"carillon.kernels.{op}.reference"), op))
+    return cast(Kernel, getattr(importlib.import_module(f"{OPS[op].home}.reference"), op))
 
 
 def _native(op: str, kind: str) -> Kernel:
@@ -84,8 +116,18 @@ def _native(op: str, kind: str) -> Kernel:
     return cast(Kernel, getattr(torch.ops.carillon, op))
 
 
+def _triton(op: str, kind: str) -> Kernel:
+    load_triton()
+    if kind == "cpu" and not interprets_triton():
+        raise ProviderError(
+            f"the Triton provider of {op} runs on the CPU in Triton's interpreter only: set "
+            "TRITON_INTERPRET=1 before Python starts, or choose another provider"
+        )
+    return cast(Kernel, getattr(torch.ops.carillon_triton, op))
+
+
 _PROVIDERS: Mapping[str, Callable[[str, str], Kernel]] = MappingProxyType(
-    {"native": _native, "reference": _reference}
+    {"native": _native, "reference": _reference, "triton": _triton}
 )
 
 
@@ -109,6 +151,50 @@ def load_native() -> bool:
             f"the native operators were built for torch {_C.TORCH_VERSION}, and torch {running} "
             f"runs: build them anew by '{BUILD_COMMAND}'"
         )
-    for op in OPS:
-        importlib.import_module(f"carillon.kernels.{op}.registration").register()
+    for home in _homes():
+        importlib.import_module(f"{home}.registration").register("carillon")
     return _C.WITH_CUDA
+
+
+@functools.cache
+def load_triton() -> torch.library.Library:
+    """Defines carillon_triton, the native schemas computed by Triton; the caller keeps nothing.
+
+    Raises:
+        ProviderError: Triton is missing, or the native module that declares the schemas.
+    """
+    load_native()
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise ProviderError(
+            f"Triton cannot be imported ({error}): install it by 'pip install triton', or choose "
+            "another provider"
+        ) from error
+    library = torch.library.Library("carillon_triton", "DEF")  # type: ignore[no-untyped-call]
+    keys = ("CUDA", "CPU") if interprets_triton() else ("CUDA",)
+    for home in _homes("triton"):
+        for name, function in importlib.import_module(f"{home}.triton_impl").IMPLEMENTS.items():
+            schema = str(getattr(torch.ops.carillon, name).default._schema)
+            library.define(schema.removeprefix("carillon::"))  # type: ignore[no-untyped-call]
+            for key in keys:
+                library.impl(name, function, key)  # type: ignore[no-untyped-call]
+        importlib.import_module(f"{home}.registration").register("carillon_triton")
+    return library
+
+
+def interprets_triton() -> bool:
+    """Whether Triton kernels run in the interpreter, which takes CPU tensors."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _homes(provider: str | None = None) -> list[str]:
+    """The packages of the ops, or of those that have this provider, each once."""
+    ops = [
+        op
+        for op in OPS.values()
+        if provider is None or any(provider in names for names in op.providers.values())
+    ]
+    return list(dict.fromkeys(op.home for op in ops))

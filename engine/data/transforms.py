@@ -100,7 +100,8 @@ def _centre_square(image: Image.Image, size: int) -> Image.Image:
 
 def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W), standardised by the CLIP statistics."""
-    return resolve("image_normalize", images.device)(images, MEAN, STD, dtype)
+    normalized: Tensor = resolve("image_normalize", images.device)(images, MEAN, STD, dtype)
+    return normalized
 
 
 def _random_box(

@@ -1,10 +1,12 @@
 """Contrastive losses over a global batch: softmax (CLIP) and sigmoid (SigLIP).
 
-Each rank holds n rows of each modality and computes the loss of its rows against all columns, which
-are gathered with gradients. The mean over ranks is the loss of the whole batch, and the mean over
-ranks of the parameters' gradients is its gradient, so any data layout gives the step of one
-process. Reduction: mean over pairs. Accumulation in float32. Deterministic. The n x N logits are
-held; the fused op that never holds them takes these definitions as its reference.
+Each rank holds n rows of each modality. It takes its pictures against all texts, which are gathered
+with gradients: one product, whose reductions (kernels/contrastive) serve both directions. A text's
+log-sum-exp needs every rank's pictures, so the ranks exchange their shares of it, a number a text.
+The mean over ranks is the loss of the whole batch, and the mean over ranks of the parameters'
+gradients is its gradient, so any data layout gives the step of one process. Reduction: mean over
+pairs. Accumulation in float32. Deterministic. No n x N logits are held, unless the provider is the
+reference.
 """
 
 from __future__ import annotations
@@ -13,14 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from carillon.engine.config import changed, section, setting
 from carillon.engine.models.towers.dual_encoder import DualFeatures
-from carillon.engine.parallel.collectives import gather_rows
+from carillon.engine.parallel.collectives import exchange_shares, gather_rows
+from carillon.kernels.table import resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,9 @@ class ContrastiveConfig:
     )
     bias: float = setting(-10.0, "Where the learned bias of the sigmoid loss starts.")
     weight: float = setting(1.0, "Weight of this loss.", min=0)
+    provider: Literal["auto", "native", "triton", "reference"] = setting(
+        "auto", "What computes the pairs; auto: the device's own choice.", hashed=False
+    )
 
     def check(self) -> Iterator[str]:
         if self.kind == "softmax" and changed(self, "bias"):
@@ -65,37 +69,45 @@ class LossConfig:
             yield "itc.weight: 0 leaves nothing to train; give a weight above 0"
 
 
-def softmax_contrastive(features: DualFeatures, group: dist.ProcessGroup | None) -> Tensor:
+def softmax_contrastive(
+    features: DualFeatures, group: dist.ProcessGroup | None, provider: str | None = None
+) -> Tensor:
     """Symmetric cross-entropy of matched pairs; the mean over this rank's rows.
 
     Shapes: image and text (n, d) unit rows, scale (1,). Returns a scalar.
     Source: Radford et al. 2021, figure 3.
     """
-    image, text = features.image.float(), features.text.float()
-    labels = _own_columns(image, group)
-    image_logits = (features.scale * image) @ gather_rows(text, group).T
-    text_logits = (features.scale * text) @ gather_rows(image, group).T
-    return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
+    pairs = resolve("contrastive", features.image.device, provider)
+    text = gather_rows(features.text.float(), group)
+    row_lse, column_lse, positive, _, _ = pairs(
+        features.image.float(), text, features.scale, _first_column(features, group)
+    )
+    shares = exchange_shares(column_lse, group)  # (ranks, n), of this rank's texts
+    loss: Tensor = ((row_lse + shares.logsumexp(0)) / 2 - positive).mean()
+    return loss
 
 
-def sigmoid_contrastive(features: DualFeatures, group: dist.ProcessGroup | None) -> Tensor:
+def sigmoid_contrastive(
+    features: DualFeatures, group: dist.ProcessGroup | None, provider: str | None = None
+) -> Tensor:
     """Pairwise logistic loss of this rank's pictures against all texts, per picture.
 
     Shapes: as above, and bias (1,). Source: Zhai et al. 2023, algorithm 1.
     """
     if features.bias is None:
         raise ValueError("the sigmoid loss needs a model built with a bias")
-    image, text = features.image.float(), features.text.float()
-    logits = (features.scale * image) @ gather_rows(text, group).T + features.bias
-    signs = torch.full_like(logits, -1.0)
-    signs[torch.arange(len(image), device=image.device), _own_columns(image, group)] = 1.0
-    return -F.logsigmoid(signs * logits).sum() / len(image)
+    losses = resolve("contrastive_sigmoid", features.image.device, provider)
+    text = gather_rows(features.text.float(), group)
+    row_losses: Tensor = losses(
+        *(features.image.float(), text, features.scale, features.bias),
+        _first_column(features, group),
+    )
+    return row_losses.mean()
 
 
-def _own_columns(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _first_column(features: DualFeatures, group: dist.ProcessGroup | None) -> int:
     """Where this rank's matching columns stand among all columns."""
-    first = dist.get_rank(group) * len(rows) if group is not None else 0
-    return torch.arange(first, first + len(rows), device=rows.device)
+    return dist.get_rank(group) * len(features.image) if group is not None else 0
 
 
 class ContrastiveObjective:
@@ -104,6 +116,7 @@ class ContrastiveObjective:
     def __init__(self, config: ContrastiveConfig) -> None:
         self._loss = softmax_contrastive if config.kind == "softmax" else sigmoid_contrastive
         self._weight = config.weight
+        self._provider = None if config.provider == "auto" else config.provider
 
     def __call__(self, features: DualFeatures, group: dist.ProcessGroup | None) -> Tensor:
-        return self._weight * self._loss(features, group)
+        return self._weight * self._loss(features, group, self._provider)

@@ -41,6 +41,34 @@ def gather_rows(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return gathered
 
 
+class _ExchangeShares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shares: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_to_all(shares, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_to_all(grad, ctx.group), None
+
+
+def _all_to_all(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    received = torch.empty_like(values)
+    dist.all_to_all_single(received, values.contiguous(), group=group)
+    return received
+
+
+def exchange_shares(shares: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Each rank holds a share of everyone's values; it gets all shares of its own.
+
+    Shapes: (world x n,), in rank order of the owners -> (world, n), in rank order of the senders.
+    """
+    if group is None:
+        return shares.unsqueeze(0)
+    exchanged: Tensor = _ExchangeShares.apply(shares, group)  # type: ignore[no-untyped-call]
+    return exchanged.view(dist.get_world_size(group), -1)
+
+
 def sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Element-wise sum over ranks, without gradient, in place."""
     if group is not None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from carillon.kernels.image_normalize.reference import check
 
 
-def register() -> None:
-    """Registers the shape function; called once, after carillon._C has declared the op."""
-    torch.library.register_fake("carillon::image_normalize", shape)
+def register(namespace: str) -> None:
+    """Registers the shape function; called once a namespace, after the op has been declared."""
+    torch.library.register_fake(f"{namespace}::image_normalize", shape)
 
 
 def shape(

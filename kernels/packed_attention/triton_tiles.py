@@ -1,0 +1,69 @@
+"""Tile sizes of the Triton kernels, by head size, dtype and the longest sequence.
+
+Chosen from what the compiler says (no spills, shared memory that leaves room for a second block
+where it can): docs/gpu-status.md. Not measured on a GPU yet. float32 above a head size of 64 spills
+whatever the tile, since tf32x3 keeps two parts of every operand: right, but slow.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """Tokens of a block of queries and of keys, warps, and stages of the load pipeline."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+_SHORT = 64  # tokens: one block holds the whole sequence
+
+# By (kernel, bytes of an element), then the largest head size that the row serves.
+_TILES: dict[tuple[str, int], dict[int, Tile]] = {
+    ("forward", 2): {
+        64: Tile(128, 64, 4, 3),
+        128: Tile(128, 64, 8, 3),
+        256: Tile(128, 32, 8, 2),
+    },
+    ("forward", 4): {
+        64: Tile(64, 32, 4, 2),
+        128: Tile(64, 16, 4, 2),
+        256: Tile(64, 16, 8, 2),
+    },
+    ("backward_queries", 2): {
+        64: Tile(64, 64, 4, 2),
+        128: Tile(64, 64, 8, 2),
+        256: Tile(64, 32, 8, 2),
+    },
+    ("backward_queries", 4): {
+        64: Tile(64, 32, 4, 2),
+        128: Tile(64, 16, 4, 1),
+        256: Tile(32, 32, 4, 1),
+    },
+    ("backward_keys", 2): {
+        64: Tile(64, 64, 4, 2),
+        128: Tile(64, 64, 8, 2),
+        256: Tile(16, 64, 8, 2),
+    },
+    ("backward_keys", 4): {
+        64: Tile(32, 64, 8, 1),
+        128: Tile(16, 64, 8, 1),
+        256: Tile(16, 32, 8, 1),
+    },
+}
+
+
+def tile_of(
+    kernel: str, head_dim: int, dtype: torch.dtype, longest: int, masked: bool = False
+) -> Tile:
+    """The tile of a launch whose longest sequence has `longest` tokens, causal where `masked`."""
+    rows = _TILES[kernel, dtype.itemsize]
+    tile = next(rows[size] for size in rows if head_dim <= size)
+    if kernel == "forward" and longest <= _SHORT and tile.block_q > _SHORT:
+        return tile._replace(block_q=_SHORT, num_warps=4 if head_dim <= 64 else tile.num_warps)
+    if kernel == "backward_keys" and masked and tile.block_q == 64:
+        return tile._replace(block_q=32)  # the mask takes registers
+    return tile

@@ -1,0 +1,67 @@
+"""Without a GPU, Triton kernels run in Triton's interpreter, which is chosen when they are defined:
+so before any of them is imported. Three things that Triton 3.6's interpreter gets wrong are put
+right here, each to go with a Triton that does it itself."""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+try:
+    import triton.language as tl
+    from triton.runtime import interpreter
+except ImportError:  # the tests that need Triton say so themselves
+    interpreter = None
+
+
+def _let_loops_run_to_computed_bounds() -> None:
+    """NumPy 2.4 refuses int() of an array of one element, which a loop's bound may be."""
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+def _round_to_bfloat16() -> None:
+    """It cuts the last bits off, where the processor rounds to nearest even."""
+    original = interpreter._convert_float
+
+    def patched(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return values.astype(np.uint32) << 16
+        if (source, target) == (tl.float32, tl.bfloat16) and rounding is None:
+            rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
+            return rounded.view(torch.uint16).numpy()
+        return original(values, source, target, rounding)
+
+    interpreter._convert_float = patched
+
+
+def _multiply_bfloat16() -> None:
+    """It multiplies the bits of bfloat16 as integers."""
+    builder = interpreter.InterpreterBuilder
+    original = builder.create_dot
+
+    def as_float32(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        bits = operand.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def patched(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return original(self, as_float32(a), as_float32(b), *rest)
+
+    builder.create_dot = patched
+
+
+if interpreter is not None:
+    _let_loops_run_to_computed_bounds()
+    _round_to_bfloat16()
+    _multiply_bfloat16()
