@@ -39,6 +39,8 @@ install: $(VENV)/.installed  ## make .venv, install torch and Carillon, build th
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	@$(BIN)/python -c 'import triton' 2>/dev/null \
+	|| $(BIN)/pip install -q --no-deps "triton==$(TRITON_VERSION)"
 	@touch $@
 
 install-dev: $(VENV)/.installed-dev  ## install, with what tests and linters need

@@ -136,7 +136,8 @@ def test_processes_may_change_between_stop_and_resume(
     for setup in (two, after_one, sharded, after_two, after_sharded):
         assert setup.lines("sample_keys.jsonl") == unbroken.lines("sample_keys.jsonl")
         assert_close(setup.content(10), unbroken.content(10))
-    assert_same(two.content(5), sharded.content(5))
+    # Not to the bit: a norm that clips is summed shard by shard.
+    assert_close(two.content(5), sharded.content(5))
     loaded, stored = load_run(sharded.run), sharded.content(10)
     for name, weight in loaded.model.named_parameters():
         assert torch.equal(weight, stored[f"average.{name}"])
