@@ -37,7 +37,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(wild
 
 install: $(VENV)/.installed  ## make .venv, install torch and Carillon, build the extension
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.installed Makefile
 	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
 	@$(BIN)/python -c 'import triton' 2>/dev/null \
 	|| $(BIN)/pip install -q --no-deps "triton==$(TRITON_VERSION)"

@@ -29,6 +29,12 @@ class _Loader(yaml.SafeLoader):
                 problem="aliases (*name) are not allowed; write the value out",
                 problem_mark=self.peek_event().start_mark,  # type: ignore[no-untyped-call]
             )
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(
+                problem=f"tags ({_short(event.tag)}) are not allowed; write the plain value",
+                problem_mark=event.start_mark,
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
@@ -61,8 +67,21 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
+_MAX_DIGITS = 300  # what a float can hold; no setting is near it
+
+
+def _short(tag: str) -> str:
+    """As it was written: `!!python/name` for tag:yaml.org,2002:python/name."""
+    return tag.replace("tag:yaml.org,2002:", "!!")[:60]
+
+
 def _construct_int(loader: _Loader, node: Any) -> int:
     text = loader.construct_scalar(node)
+    if len(text) > _MAX_DIGITS:
+        raise yaml.MarkedYAMLError(
+            problem=f"a number of {len(text):,} digits; at most {_MAX_DIGITS} are allowed",
+            problem_mark=node.start_mark,
+        )
     return int(text, 0) if "o" in text or "x" in text else int(text)
 
 

@@ -57,9 +57,14 @@ def expand_sources(path: str | Path | Sequence[str]) -> list[Path]:
     return tars
 
 
+def is_remote(path: str) -> bool:
+    """Whether `path` is a URL."""
+    return _REMOTE.match(path) is not None
+
+
 def refuse_remote(path: str) -> None:
     """Raise UserError for URLs: this version reads local files only."""
-    if _REMOTE.match(path):
+    if is_remote(path):
         raise UserError(
             f"{path} is remote; object stores and web addresses come with the data plane. "
             "Download it and give the local path."
@@ -133,7 +138,7 @@ def _cache_root() -> Path:
 
 
 def _entry_name(tars: Sequence[Path]) -> str:
-    digest = hashlib.sha256(b"3\n")  # the version of what an entry holds
+    digest = hashlib.sha256(b"4\n")  # the version of what an entry holds
     for tar in tars:
         stat = tar.stat()
         digest.update(f"{tar.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())

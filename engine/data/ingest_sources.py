@@ -20,7 +20,7 @@ from typing import Any
 
 from carillon.engine.access import explained
 from carillon.engine.config import UserError
-from carillon.engine.data.index_cache import refuse_remote
+from carillon.engine.data.index_cache import is_remote, refuse_remote
 from carillon.engine.data.ingest_tables import TABLE_READERS, Row, RowReader
 from carillon.engine.data.samples import UNKNOWN_LANGUAGE, parse_meta
 
@@ -141,8 +141,9 @@ def _read_neighbours(
 
 
 def _inside(root: Path, image: str, allow_outside: bool) -> Path:
-    """The regular file that `image` means. Raises ValueError when it is missing or outside."""
-    refuse_remote(image)
+    """The regular file that `image` means. Raises ValueError if missing, outside or remote."""
+    if is_remote(image):
+        raise ValueError("a remote picture; pictures behind URLs come with the data plane")
     if "\0" in image:
         raise ValueError("the path holds a NUL byte")
     path = Path(os.path.realpath(root / image))  # resolve() raises for links in a circle
@@ -156,11 +157,11 @@ def _inside(root: Path, image: str, allow_outside: bool) -> Path:
 def _read_table(
     path: Path, reader: RowReader, columns: Columns, allow_outside: bool
 ) -> Iterator[Item | Rejected]:
-    names, rows = reader(path)
+    names, read_rows = reader(path)
     image_column, caption_columns, language_column = _find_columns(path, names, columns)
     known = {image_column, language_column, *caption_columns}
     items: dict[str, Item] = {}
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(read_rows([name for name in known if name]), start=1):
         if isinstance(row, str):
             yield Rejected(source=path.name, image=f"row {number}", reason=row)
             continue
@@ -176,8 +177,6 @@ def _read_table(
                 if data is None:
                     item.path = _inside(path.parent, image, allow_outside)
                 items[image] = item
-        except UserError:
-            raise
         except (ValueError, OSError) as error:
             yield Rejected(source=path.name, image=image or f"row {number}", reason=str(error))
             continue

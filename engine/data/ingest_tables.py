@@ -1,26 +1,32 @@
 """Rows of csv, tsv, jsonl and parquet files as plain dictionaries.
 
-A reader gives the column names and then the rows; a row that cannot be read is its reason, a
-string, and the next one follows. A file that cannot be read at all raises UserError.
+A reader gives the column names and a function that reads the rows; a row that cannot be read is its
+reason, a string, and the next one follows. A file that cannot be read at all raises UserError. The
+function takes the names of the columns in use: of a parquet only these are read and those whose
+values are text, numbers or truth values; so an extra column of timestamps or vectors does no harm.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from carillon.engine.config import UserError
 
+if TYPE_CHECKING:
+    import pyarrow
+
 Row = Mapping[str, Any]
-RowReader = Callable[[Path], tuple[Sequence[str], Iterator[Row | str]]]
+ReadRows = Callable[[Collection[str]], Iterator[Row | str]]
+RowReader = Callable[[Path], tuple[Sequence[str], ReadRows]]
 
 _MAX_FIELD_BYTES = 16 << 20
 
 
-def _csv_rows(path: Path) -> tuple[Sequence[str], Iterator[Row | str]]:
+def _csv_rows(path: Path) -> tuple[Sequence[str], ReadRows]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     csv.field_size_limit(_MAX_FIELD_BYTES)  # the default refuses whole files for one long field
 
@@ -38,7 +44,7 @@ def _csv_rows(path: Path) -> tuple[Sequence[str], Iterator[Row | str]]:
     if len(set(names)) != len(names):
         raise UserError(f"{path}: the header {', '.join(names)} names a column twice")
 
-    def records() -> Iterator[Row | str]:
+    def records(_used: Collection[str]) -> Iterator[Row | str]:
         for line in lines:
             if not line:
                 continue
@@ -47,15 +53,15 @@ def _csv_rows(path: Path) -> tuple[Sequence[str], Iterator[Row | str]]:
             else:
                 yield dict(zip(names, line, strict=True))
 
-    return names, records()
+    return names, records
 
 
-def _jsonl_rows(path: Path) -> tuple[Sequence[str], Iterator[Row | str]]:
+def _jsonl_rows(path: Path) -> tuple[Sequence[str], ReadRows]:
     names: dict[str, None] = {}
     for row in _json_lines(path):
         if not isinstance(row, str):
             names.update(dict.fromkeys(row))
-    return list(names), _json_lines(path)
+    return list(names), lambda _used: _json_lines(path)
 
 
 def _json_lines(path: Path) -> Iterator[Row | str]:
@@ -71,7 +77,7 @@ def _json_lines(path: Path) -> Iterator[Row | str]:
             yield row if isinstance(row, dict) else "the line is no JSON object"
 
 
-def _parquet_rows(path: Path) -> tuple[Sequence[str], Iterator[Row | str]]:
+def _parquet_rows(path: Path) -> tuple[Sequence[str], ReadRows]:
     import pyarrow
     import pyarrow.parquet
 
@@ -80,14 +86,43 @@ def _parquet_rows(path: Path) -> tuple[Sequence[str], Iterator[Row | str]]:
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is no parquet file that can be read: {error}") from None
 
-    def rows() -> Iterator[Row | str]:
+    schema = file.schema_arrow
+    if len(set(schema.names)) != len(schema.names):
+        raise UserError(f"{path}: the header {', '.join(schema.names)} names a column twice")
+
+    def rows(used: Collection[str]) -> Iterator[Row | str]:
+        read = [field.name for field in schema if field.name in used or _is_plain(field.type)]
         try:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
+            for batch in file.iter_batches(batch_size=1024, columns=read):
+                yield from _batch_rows(batch.select(read))  # `a` also gave `a.b`
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path} is damaged: {error}") from None
 
-    return file.schema_arrow.names, rows()
+    return schema.names, rows
+
+
+def _is_plain(kind: pyarrow.DataType) -> bool:
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    checks = (types.is_string, types.is_large_string, types.is_integer, types.is_floating)
+    return types.is_boolean(kind) or any(check(kind) for check in checks)
+
+
+def _batch_rows(batch: pyarrow.RecordBatch) -> Iterator[Row | str]:
+    """Rows one by one where some value has no Python form: text that is not UTF-8, odd times."""
+    try:
+        rows: list[Row] = batch.to_pylist()
+    except (ValueError, OverflowError):
+        pass
+    else:
+        yield from rows
+        return
+    for number in range(batch.num_rows):
+        try:
+            yield batch.slice(number, 1).to_pylist()[0]
+        except (ValueError, OverflowError) as error:
+            yield f"a value cannot be read: {error}"
 
 
 TABLE_READERS: dict[str, RowReader] = {

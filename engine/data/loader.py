@@ -43,6 +43,8 @@ _MAX_BAD = 20  # at one position; a set this damaged is past any sensible max_ba
 # Rows tried at one position. Where one in a hundred qualifies, all of them fail at one position in
 # 10^21; where none does, that is told after the second or so that reading them takes.
 _MAX_DRAWS = 5000
+_MAX_BAD_NAMED = 3
+_MIN_JUDGED = 200  # samples read, bad ones included, before max_bad_share is judged
 _MAX_NAMED = 20  # languages in a message
 
 
@@ -115,7 +117,10 @@ class DataConfig:
         4, "Batches each worker keeps ready.", min=1, max=1000, hashed=False
     )
     max_bad_share: float = setting(
-        0.01, "Stop when more than this share of the samples read is bad.", min=0, max=1
+        0.01,
+        "Stop when more than this share of the samples read is bad; judged from 200 reads on.",
+        min=0,
+        max=1,
     )
     augment: AugmentConfig = section(AugmentConfig)
     filters: FilterConfig = section(FilterConfig)
@@ -219,6 +224,14 @@ def open_split(config: DataConfig) -> Split:
     return open_training(config)[1]
 
 
+def _all_bad(bad: Sequence[tuple[str, str]]) -> UserError:
+    keys = list(dict.fromkeys(key for key, _ in bad))  # stand-ins may come twice
+    return UserError(
+        f"{len(bad)} samples in a row are bad, the first {', '.join(keys[:_MAX_BAD_NAMED])}; "
+        f"{bad[0][0]}: {bad[0][1]}; is this the right data set?"
+    )
+
+
 class _FilteredSample(Exception):
     """A sound sample of which the settings allow no caption."""
 
@@ -288,10 +301,7 @@ class PositionedSamples(Dataset[Any]):
                 num_bad += 1
                 bad.append((error.key, error.reason))
             if num_bad == _MAX_BAD:
-                raise UserError(
-                    f"{_MAX_BAD} samples in a row are bad, the last {bad[-1][0]}: {bad[-1][1]}; "
-                    "is this the right data set?"
-                )
+                raise _all_bad(bad[-_MAX_BAD:])
             drawn = np.array([self.order.replacement(position, attempt)])
             row = int(self.held_out.training_row(drawn)[0])
         raise self._none_qualifies(num_filtered, languages)
@@ -390,16 +400,16 @@ class TrainingLoader:
             yield batch
 
     def check_bad_share(self, *, num_bad: int, num_read: int, num_filtered: int = 0) -> None:
-        """Raise UserError once the run's bad share passes the limit (judged from 200 reads on).
+        """Raise UserError once the run's bad share passes the limit; judged from 200 reads on.
 
         Filtered samples were read and are sound: damage that the search for the few that qualify
         comes across is no larger a share than it is of the set.
         """
         limit = self.samples.config.max_bad_share
-        num_sound = num_read + num_filtered
-        if num_sound >= 200 and num_bad > limit * (num_sound + num_bad):
+        total = num_read + num_filtered + num_bad
+        if total >= _MIN_JUDGED and num_bad > limit * total:
             raise UserError(
-                f"{num_bad} of {num_sound + num_bad} samples read are bad, more than "
+                f"{num_bad} of {total} samples read are bad, more than "
                 f"data.max_bad_share={limit:g}; see the log for keys and reasons"
             )
 

@@ -9,11 +9,16 @@ SHA-256 stands for the whole file.
 `index_tar` builds the rows of a foreign WebDataset shard: consecutive members that share the name
 up to the first dot are one sample. Members whose name leaves the folder, links, pickles and code
 are ignored and counted, never opened.
+A sample's text is its .json, or its .txt where there is no .json. Where there are both, the .txt
+counts only if the .json holds no caption (img2dataset writes such); its other keys are not read
+then, since a row has room for one of the two. A .json that is no JSON object counts, so that
+reading the sample tells what is wrong with it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import struct
 import zlib
@@ -208,8 +213,7 @@ def _row(
     if media is None:
         ignored["sample without media"] += 1
         return []
-    meta = group.get("json") or group.get("txt")
-    kind = JSON_META if "json" in group else TEXT_META if meta else NO_META
+    meta, kind = _meta_of(fd, group)
     meta_offset, meta_size = (meta.offset, meta.size) if meta else (media.offset, 0)
     if max(media.size, meta_size) >= 1 << 32:
         ignored["sample above 4 GiB"] += 1
@@ -218,3 +222,21 @@ def _row(
     crc = zlib.crc32(os.pread(fd, meta_size, meta_offset), crc)
     name = key.removeprefix("./").encode()
     return [IndexRow(name, media.offset, media.size, meta_offset, meta_size, crc, kind)]
+
+
+def _meta_of(fd: int, group: dict[str, TarMember]) -> tuple[TarMember | None, int]:
+    """The member that is the sample's text by the rule above, and its kind."""
+    described, text = group.get("json"), group.get("txt")
+    if described and not (text and _lacks_captions(fd, described)):
+        return described, JSON_META
+    return text, TEXT_META if text else NO_META
+
+
+def _lacks_captions(fd: int, member: TarMember) -> bool:
+    if member.size >= 1 << 32:
+        return False
+    try:
+        meta = json.loads(os.pread(fd, member.size, member.offset))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(meta, dict) and not meta.get("captions") and not meta.get("caption")

@@ -3,7 +3,10 @@
 Python 3.11's tarfile loops forever on a negative size and stops without a word at a damaged header
 in the middle of an archive. This one checks every header's checksum, wants the end mark, and raises
 with the byte where an archive stops making sense. It knows ustar, GNU long names and pax path and
-size. Left out: writing, compression, sparse members (reported as "other").
+size. The end mark is two zero blocks with nothing but zeros after them, at most as many as writers
+pad with: more are a file that was preallocated or overwritten. A file that ends after one zero
+block is taken, as GNU tar, bsdtar and tarfile do: it was complete up to there.
+Left out: writing, compression, sparse members (reported as "other"), archives joined end to end.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
+_MAX_END_BYTES = (2 + 20) * BLOCK  # the end mark, padded to records of the usual 20 blocks
+_SCAN_BYTES = 1 << 20
 _MAX_EXTENSION_BYTES = 1 << 20
 _KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"5": "directory", b"1": "link", b"2": "link"}
 
@@ -40,6 +45,7 @@ def iter_members(file: BinaryIO, size_bytes: int) -> Iterator[TarMember]:
     while True:
         block = _read(file, position, BLOCK, size_bytes)
         if not block.strip(b"\0"):
+            _check_end(file, position)
             return
         header_name, kind_flag, header_size = _parse_header(block, position)
         offset = position + BLOCK
@@ -67,6 +73,24 @@ def _read(file: BinaryIO, position: int, size: int, size_bytes: int) -> bytes:
     if len(data) < size:
         raise TarError(f"truncated: it ends at byte {size_bytes:,} without an end mark")
     return data
+
+
+def _check_end(file: BinaryIO, position: int) -> None:
+    """Raise TarError unless the zeros from `position` on are an end mark."""
+    file.seek(position)
+    num_zeros = 0
+    while data := file.read(_SCAN_BYTES):
+        if rest := data.lstrip(b"\0"):
+            num_zeros += len(data) - len(rest)
+            raise TarError(
+                f"damaged: {num_zeros:,} bytes of zeros at byte {position:,}, then other data"
+            )
+        num_zeros += len(data)
+    if num_zeros > _MAX_END_BYTES:
+        raise TarError(
+            f"truncated or overwritten with zeros: it ends at byte {position:,}, "
+            f"{num_zeros:,} bytes of zeros follow"
+        )
 
 
 def _read_extension(file: BinaryIO, offset: int, size: int, size_bytes: int) -> bytes:

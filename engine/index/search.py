@@ -9,6 +9,7 @@ Left out: approximate indexes.
 import argparse
 import json
 import shutil
+import sys
 import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,12 +20,12 @@ from torch import Tensor
 from carillon.engine.access import explained
 from carillon.engine.config import UserError
 from carillon.engine.data.decode.image import decode_image
-from carillon.engine.data.samples import MAX_CAPTION_CHARS
+from carillon.engine.data.samples import MAX_CAPTION_CHARS, SampleError
 from carillon.engine.data.shards import Dataset, Split
 from carillon.engine.index.embedding import embed_split, store_identity
 from carillon.engine.index.encoder import run_encoder
 from carillon.engine.index.source import choose_split
-from carillon.engine.index.store import EmbeddingStore, open_store
+from carillon.engine.index.store import EmbeddingStore, StoreDamaged, open_store
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,13 +78,18 @@ def top_k(store: EmbeddingStore, query: Tensor, k: int) -> tuple[list[float], li
 
 
 def picture_store(
-    run: "LoadedRun", dataset: Dataset, split: Split, *, batch_size: int = 128
+    run: "LoadedRun",
+    dataset: Dataset,
+    split: Split,
+    *,
+    batch_size: int = 128,
+    again: bool = False,
 ) -> EmbeddingStore:
-    """The run's own store of a split's pictures, made (or made again) when it is not there."""
+    """The run's own store of a split's pictures, made when it is not there, or `again`."""
     wanted = store_identity(run, dataset, split, "image")
     name = f"{run.checkpoint_hash[:12]}-{dataset.fingerprint[:12]}-{split.name}.zarr"
     path = run.path / "embeddings" / name
-    if path.exists():
+    if path.exists() and not again:
         try:
             return open_store(path, wanted)
         except UserError:  # of another checkpoint, or unreadable: it is only a cache
@@ -104,11 +110,15 @@ def search_run(
         raise UserError(f"k = {k} given; at least 1 is needed")
     if k > len(split):
         raise UserError(f"k = {k} given, but the set has only {len(split):,} pictures")
-    store = picture_store(run, dataset, split)
     encoder = run_encoder(run)
     vector = encoder.texts([text])[0] if text is not None else encoder.picture(query)  # type: ignore[arg-type]
-    scores, places = top_k(store, vector, k)
-    rows, keys = store.rows(), store.strings("ids")
+    try:
+        store = picture_store(run, dataset, split)
+        (scores, places), rows, keys = top_k(store, vector, k), store.rows(), store.strings("ids")
+    except StoreDamaged as damage:  # it is only a cache
+        print(f"{damage.args[0].partition(';')[0]}; it is made again", file=sys.stderr)
+        store = picture_store(run, dataset, split, again=True)
+        (scores, places), rows, keys = top_k(store, vector, k), store.rows(), store.strings("ids")
     return [
         Hit(rank, score, keys[place], _caption(split, int(rows[place])), int(rows[place]))
         for rank, (score, place) in enumerate(zip(scores, places, strict=True), start=1)
@@ -116,7 +126,10 @@ def search_run(
 
 
 def _caption(split: Split, row: int) -> str:
-    captions = split.read(row).meta["captions"]
+    try:
+        captions = split.read(row).meta["captions"]
+    except SampleError as error:  # damaged since it was embedded
+        return f"(unreadable: {error.reason})"
     texts = captions.get("en") or next(iter(captions.values()), [""])
     return str(texts[0])
 
@@ -186,9 +199,12 @@ def _print(hits: list[Hit]) -> None:
 def _draw(path: Path, query: "str | np.ndarray", hits: list[Hit], split: Split) -> Path:
     from carillon.engine.eval.picture import Found, Row, picture_grid
 
-    found = [
-        Found(decode_image(split.read(h.row).media, min_side=256), h.score, h.caption, None)
-        for h in hits
-    ]
+    found = []
+    for h in hits:
+        try:
+            pixels = decode_image(split.read(h.row).media, min_side=256)
+        except ValueError:  # SampleError among them: the list says so
+            continue
+        found.append(Found(pixels, h.score, h.caption, None))
     title = f"{len(hits)} pictures of {len(split):,}"
     return picture_grid(path, [Row(query, found)], title)

@@ -30,6 +30,10 @@ DTYPES = ("float32", "float16")
 _STRINGS = ("ids", "languages", "captions")
 
 
+class StoreDamaged(UserError):
+    """A store is not what was written."""
+
+
 class StoreBatch(NamedTuple):
     """Some rows of a store: unit vectors (B, D), the row of the split of each, strings."""
 
@@ -54,9 +58,9 @@ class EmbeddingStore:
 
         Raises: UserError after the last block when the bytes are not those written.
         """
-        seen, array = hashlib.sha256(), self._group["vectors"]
+        seen = hashlib.sha256()
         for start in range(0, len(self), num_rows):
-            block = np.ascontiguousarray(array[start : start + num_rows])
+            block = self._part("vectors", slice(start, start + num_rows))
             seen.update(block.data)
             yield block.astype(np.float32, copy=False)
         self._compare("vectors", seen.hexdigest())
@@ -67,7 +71,7 @@ class EmbeddingStore:
 
     def strings(self, name: str) -> list[str]:
         """`ids`, or a text store's `languages` or `captions`. Raises: UserError when damaged."""
-        if f"{name}_offsets" not in self._group:
+        if f"{name}_offsets" not in self.attributes["sha256"]:
             kind = self.attributes["modality"]
             raise ValueError(f"{self.path} is a store of {kind} vectors and holds no {name}")
         offsets = self._checked(f"{name}_offsets").tolist()
@@ -75,16 +79,26 @@ class EmbeddingStore:
         return [data[a:b].decode() for a, b in pairwise(offsets)]
 
     def _checked(self, name: str) -> np.ndarray:
-        values = np.ascontiguousarray(self._group[name][:])
+        values = self._part(name, slice(None))
         self._compare(name, hashlib.sha256(values.data).hexdigest())
         return values
 
+    def _part(self, name: str, part: slice) -> np.ndarray:
+        try:
+            return np.ascontiguousarray(self._group[name][part])
+        # Zarr raises nearly anything for files that are not what it wrote.
+        except Exception as error:
+            raise self._damaged(f"{name} cannot be read ({error})") from None
+
     def _compare(self, name: str, digest: str) -> None:
-        if digest != self.attributes["sha256"][name]:
-            raise UserError(
-                f"the store {self.path} is damaged: {name} is not what was written; "
-                "remove the store and make it again with `carillon embed`"
-            )
+        if digest != self.attributes["sha256"].get(name):
+            raise self._damaged(f"{name} is not what was written")
+
+    def _damaged(self, what: str) -> StoreDamaged:
+        return StoreDamaged(
+            f"the store {self.path} is damaged: {what}; "
+            "remove the store and make it again with `carillon embed`"
+        )
 
 
 def open_store(path: str | Path, expected: Mapping[str, Any] | None = None) -> EmbeddingStore:
@@ -104,6 +118,9 @@ def open_store(path: str | Path, expected: Mapping[str, Any] | None = None) -> E
     found = (store.attributes.get("format"), store.attributes.get("version"))
     if found != (FORMAT, VERSION):
         raise UserError(f"{path} is no embedding store of version {VERSION}: {found} found")
+    sizes, digests = store.attributes.get("num_rows"), store.attributes.get("sha256")
+    if not isinstance(sizes, int) or not isinstance(digests, dict):
+        raise StoreDamaged(f"the store {path} is damaged: zarr.json is not what was written")
     for name, value in (expected or {}).items():
         if store.attributes.get(name) != value:
             raise UserError(

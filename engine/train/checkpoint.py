@@ -63,6 +63,8 @@ class Checkpoint:
         if not isinstance(files, dict) or not {STATE, ".metadata"} <= files.keys():
             raise UserError(_damaged(self.path, MANIFEST, "not a manifest of a checkpoint"))
         for name, entry in files.items():
+            if not isinstance(entry, dict) or entry.keys() != {"size_bytes", "sha256"}:
+                raise UserError(_damaged(self.path, MANIFEST, f"not what was written, at {name}"))
             file = self.path / name
             if not file.is_file() or file.stat().st_size != entry["size_bytes"]:
                 raise UserError(_damaged(self.path, name, "missing or cut short"))

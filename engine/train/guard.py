@@ -2,11 +2,11 @@
 
 - Loss or gradient norm not finite: the step is skipped, its samples' keys are logged.
 - Gradient norm above `spike_factor` times its running mean (a flipped bit, a poisoned batch):
-skipped
-  likewise, once 20 good steps have set the mean.
+  skipped likewise, once 20 good steps have set the mean.
 - Loss above twice its running mean: logged as a spike, not skipped.
-- More than `max_skipped` skipped steps in a row: the run stops. Nothing is saved while steps are
-  being skipped, so the last checkpoint is from before them.
+- More than `max_skipped` skipped steps in a row: the run stops. Nothing is saved or evaluated while
+  steps are being skipped, so the last checkpoint is from before them; a run whose last step was
+  skipped is saved if that step's loss was finite, and given up otherwise.
 The decision uses globally reduced numbers only, so every rank takes the same one.
 """
 

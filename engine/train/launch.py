@@ -57,6 +57,10 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
 
 def _train(config: RunConfig, world: World, fresh: bool, stop: StopRequest) -> int:
     try:
+        # Before the run's folder is touched: `--fresh` must not move a good run aside for nothing.
+        # The main rank goes first: it may have to index plain tars, which the others then find.
+        on_main(world, lambda: open_split(config.data), share=False)
+        on_main(world, lambda: check_in_training(config.evaluation, config.data), share=False)
         folder = on_main(world, lambda: RunFolder(config, fresh=fresh), share=False)
         path = Path(config.logging.output) / run_name(config)
         try:
@@ -151,9 +155,6 @@ def _prepare(
     config: RunConfig, world: World, path: Path, folder: RunFolder | None, stop: StopRequest
 ) -> tuple[Dataset, Trainer]:
     """The data and a trainer that stands where the run's last checkpoint left it."""
-    # The main rank goes first: it may have to index plain tars, which the others then find.
-    on_main(world, lambda: open_split(config.data), share=False)
-    on_main(world, lambda: check_in_training(config.evaluation, config.data), share=False)
     dataset, split = open_training(config.data)
     tokenizer = _tokenizer(config, world, path)
 
@@ -218,6 +219,12 @@ def _fit(
         _draw_loss(path)
         if finished:
             logger.info("run %s is done; score it with: carillon eval run %s", path, path)
+        elif trainer.guard.is_skipping:
+            logger.warning(
+                "stopped at step %d while steps were being skipped, which is not saved; the same "
+                "command resumes from the last checkpoint",
+                trainer.step,
+            )
         else:
             logger.info("stopped at step %d, saved; the same command resumes it", trainer.step)
     return finished

@@ -60,6 +60,8 @@ class OptimizationConfig:
             yield "steps: give either steps or epochs"
         if len(self.betas) != 2:
             yield f"betas: {len(self.betas)} values given, 2 are needed"
+        if self.epochs is not None and self.epochs <= 0:
+            yield f"epochs: {self.epochs:g} trains nothing; give more than 0"
         if self.ema_decay == 1:
             yield "ema_decay: 1 never moves the average; give less, such as 0.999, or none"
         if self.schedule == "constant" and changed(self, "min_lr_share"):

@@ -9,6 +9,7 @@ old folder aside. A lock keeps two launches out of one folder.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import platform
@@ -192,7 +193,9 @@ class RunFolder:
                         f"{then[:12]}, now {now[:12]}); restore it, or start anew with --fresh"
                     )
             return
-        write_durably(self.path / "config.yaml", to_yaml(self.config).encode())
+        text = to_yaml(self.config).encode()
+        facts = facts | {"config_sha256": hashlib.sha256(text).hexdigest()}
+        write_durably(self.path / "config.yaml", text)
         write_durably(file, (json.dumps(facts, indent=2) + "\n").encode())
 
     def close(self) -> None:
@@ -249,6 +252,23 @@ def git_commit() -> str | None:
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _check_unchanged(path: Path, tokenizer: Tokenizer) -> None:
+    """Raise UserError when config.yaml or tokenizer.json is not what the run was trained with."""
+    try:
+        facts = json.loads((path / "run.json").read_bytes())
+        recorded = str(facts["config_sha256"]), str(facts["tokenizer_fingerprint"])
+        now = hashlib.sha256((path / "config.yaml").read_bytes()).hexdigest(), tokenizer.fingerprint
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path / 'run.json'} is missing or damaged: it says what the run was trained with"
+        ) from None
+    for name, then, here in zip(("config.yaml", "tokenizer.json"), recorded, now, strict=True):
+        if then != here:
+            raise UserError(
+                f"{path / name} is not the file that the run was trained with; restore it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +334,7 @@ def load_run(run: str | Path, *, checkpoint: str = "latest") -> LoadedRun:
     found = find_checkpoint(path, checkpoint)
     found.verify()
     tokenizer = Tokenizer.load(path / "tokenizer.json")
+    _check_unchanged(path, tokenizer)
     model = new_model(config, tokenizer.vocab_size)
     prefix = "model" if config.optimization.ema_decay is None else "average"
     weights: dict[str, Tensor] = {f"{prefix}.{n}": p for n, p in model.named_parameters()}

@@ -77,9 +77,15 @@ class Trainer:
         )
         num_samples = loader.samples.held_out.num_training
         self.num_steps = optimization.num_steps(num_samples, config.data.batch_size)
+        if optimization.warmup_steps > self.num_steps:
+            raise UserError(
+                f"optimization.warmup_steps: {optimization.warmup_steps} is more than the "
+                f"{self.num_steps} steps that optimization.epochs makes of {num_samples:,} rows"
+            )
         self.step = 0
         self.best: dict[int, float] = {}
         self._metric: float | None = None
+        self._loss = math.nan  # of the newest step, over all ranks
         self._in_flight: int | None = None
         self._written: dict[str, float] = {}  # the newest of every metric
         self._latest: dict[str, float] = {}  # as they stood at the save in flight
@@ -93,6 +99,12 @@ class Trainer:
         self.loader.load_state_dict(state["loader"] | counts)
         self.guard.load_state_dict(state["guard"])
         self.best = {int(step): float(metric) for step, metric in state["best"].items()}
+        trained, asked = state["config_hash"], config_hash(self.config)
+        if trained != asked:
+            raise UserError(
+                f"checkpoint {checkpoint.path} is of a run with other settings (config "
+                f"{trained[:8]}, this is {asked[:8]}); move that folder away"
+            )
         self.store.protect(set(self.best))
 
     def fit(self, sinks: list[Sink], on_checkpoint: OnCheckpoint) -> bool:
@@ -140,7 +152,7 @@ class Trainer:
             aside = time.perf_counter()
             if not stop:
                 self._evaluate_if_due()
-            if stop or self._due_save():
+            if (stop and not self.guard.is_skipping) or self._due_save():
                 self._save()
             if meter is not None:
                 meter.exclude(time.perf_counter() - aside)
@@ -158,8 +170,17 @@ class Trainer:
 
     def _due_save(self) -> bool:
         """Not while steps are being skipped: the weights may be what makes them bad."""
-        due = self._due(self.config.logging.checkpoint_interval_steps)
-        return due and (not self.guard.is_skipping or self.step == self.num_steps)
+        if self.guard.is_skipping and self.step == self.num_steps:
+            if not math.isfinite(self._loss):
+                raise TrainingStopped(
+                    f"the last step was skipped, its loss is {self._loss}; the last checkpoint is "
+                    "from before it. Look at its samples in skipped_steps.jsonl, or train anew "
+                    "with a lower optimization.lr"
+                )
+            return True
+        return self._due(self.config.logging.checkpoint_interval_steps) and (
+            not self.guard.is_skipping
+        )
 
     def _due_log(self) -> bool:
         return self._due(self.config.logging.interval_steps)
@@ -188,6 +209,7 @@ class Trainer:
         )
         norm = self._clip()
         mean_loss, stop, counts = self._reduce(loss)
+        self._loss = mean_loss
         rate = learning_rate(self.config.optimization, self.step, self.num_steps)
         verdict = self.guard.judge(mean_loss, norm)
         if verdict.skip:
@@ -265,12 +287,14 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         every = self.config.evaluation.in_training.every
-        if not every or not self._due(every):
+        if not every or not self._due(every) or self.guard.is_skipping:
             return
         metrics = self._evaluator(self.step, self._weights())
         self._metric = metrics.get("retrieval/mean_r@10")
         if self.world.is_main and metrics:
             self._write(metrics)
+            if self._metric is not None:
+                logger.info("step %d  retrieval: mean R@10 %.2f%%", self.step, 100 * self._metric)
 
     def _weights(self) -> dict[str, Tensor]:
         """Whole plain tensors of what is evaluated: the average when one is kept."""

@@ -1,5 +1,7 @@
 """A small real run: coloured squares with names in three languages, and a model that knows them."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +100,14 @@ def run_folder(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = new_model(config, tokenizer.vocab_size)
     overfit(model, tokenizer, 150)
     folder.mkdir()
-    (folder / "config.yaml").write_text(to_yaml(config))
+    text = to_yaml(config).encode()
+    (folder / "config.yaml").write_bytes(text)
     tokenizer.save(folder / "tokenizer.json")
+    facts = {
+        "config_sha256": hashlib.sha256(text).hexdigest(),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+    }
+    (folder / "run.json").write_text(json.dumps(facts))
     store = CheckpointStore(folder / "checkpoints", keep_last=1, is_main=True)
     weights = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
     store.save(150, weights, {"step": 150, "metric": None})

@@ -29,7 +29,7 @@ class TextOverrides:
     """Fields of the text backbone to change; what is left out keeps the backbone's value."""
 
     context: int | None = setting(
-        None, "Longest caption in tokens, start and end included.", min=2, max=131_072
+        None, "Longest caption in tokens, start and end included.", min=3, max=131_072
     )
     width: int | None = setting(None, "Features of a token.", min=1, max=65_536)
     depth: int | None = setting(None, "Number of transformer blocks.", min=1, max=1024)

@@ -266,6 +266,77 @@ def test_bad_rows_cost_only_themselves(tmp_path: Path) -> None:
     assert reasons["d.png"] == "no caption in this row"
 
 
+def test_a_remote_picture_costs_its_row(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    rows = [["image", "caption"], ["https://x.org/b.jpg", "far"], ["a.png", "near"]]
+    given = [str(table(tmp_path / "p.csv", rows))]
+    dataset, _ = ingest(given, tmp_path / "set", options=LENIENT)
+    assert [sample.meta["captions"] for sample in samples(dataset)] == [{"und": ["near"]}]
+    assert list(rejected(dataset)) == ["https://x.org/b.jpg"]
+    assert (
+        "pictures behind URLs come with the data plane" in rejected(dataset)["https://x.org/b.jpg"]
+    )
+    with pytest.raises(UserError, match=r"1 of 2 items are bad.* come with the data plane \(1\)"):
+        ingest(given, tmp_path / "strict")
+
+
+def test_columns_that_are_not_used_do_no_harm(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    columns = {
+        "image": ["a.png"],
+        "text": pyarrow.array(["near"]).dictionary_encode(),
+        "meta.score": [0.5],
+        "taken": pyarrow.array([1], pyarrow.timestamp("ns")),
+        "image.taken": pyarrow.array([1], pyarrow.timestamp("ns")),
+        "due": pyarrow.array([2**62], pyarrow.timestamp("ms")),
+        "vector": [[{"at": 1}]],
+    }
+    path = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    dataset, _ = ingest([str(path)], tmp_path / "set")
+    meta = samples(dataset)[0].meta
+    assert meta == {"captions": {"und": ["near"]}, "meta.score": 0.5, "source": "p.parquet/a.png"}
+
+
+def test_a_value_that_cannot_be_read_costs_its_row(tmp_path: Path) -> None:
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    texts = pyarrow.array([b"fine", b"\xff\xfe", b"too"])
+    columns = {
+        "image": ["a.png", "b.png", "c.png"],
+        "text": pyarrow.StringArray.from_buffers(3, *texts.buffers()[1:]),
+        "language": ["en", "en", "en"],
+    }
+    path = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    dataset, _ = ingest([str(path)], tmp_path / "set", options=LENIENT)
+    assert {text for sample in samples(dataset) for text in sample.meta["captions"]["en"]} == {
+        "fine",
+        "too",
+    }
+    assert list(rejected(dataset)) == ["row 2"]
+    assert "a value cannot be read: 'utf-8' codec" in rejected(dataset)["row 2"]
+
+
+def test_a_time_where_a_caption_should_be_is_no_text(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    for number, unit in ((1, "ns"), (2**62, "ms")):
+        columns = {"image": ["a.png"], "text": pyarrow.array([number], pyarrow.timestamp(unit))}
+        path = tmp_path / "p.parquet"
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        with pytest.raises(
+            UserError, match=r"1 of 1 items are bad.*(a value cannot be read|holds no text)"
+        ):
+            ingest([str(path)], tmp_path / "set")
+
+
+def test_a_parquet_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
+    twice = pyarrow.table([["a.png"], ["x"], ["y"]], names=["image", "text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "p.parquet")
+    with pytest.raises(UserError, match="names a column twice"):
+        ingest([str(tmp_path / "p.parquet")], tmp_path / "set")
+
+
 @pytest.mark.parametrize(
     ("content", "columns", "message"),
     [
@@ -275,7 +346,6 @@ def test_bad_rows_cost_only_themselves(tmp_path: Path) -> None:
         ("image,text\n", Columns(captions=("de=nope",)), "no column 'nope'"),
         ("", Columns(), "the columns none"),
         ("image,image,text\n", Columns(), "names a column twice"),
-        ("image,text\nhttps://x.org/a.jpg,t\n", Columns(), "come with the data plane"),
     ],
 )
 def test_tables_that_cannot_be_used(

@@ -107,7 +107,10 @@ def test_bad_samples_are_replaced_named_and_counted(tmp_path: Path) -> None:
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     path = write_set(tmp_path / "set", bad={1})
     loader = TrainingLoader(samples(path), rank=0, world_size=1, device=CPU)
-    loader.check_bad_share(num_bad=5, num_read=100)  # too early to judge
+    loader.check_bad_share(num_bad=99, num_read=100)  # too early to judge
+    with pytest.raises(UserError, match=r"100 of 200 samples read are bad"):
+        loader.check_bad_share(num_bad=100, num_read=100)
+    loader.check_bad_share(num_bad=0, num_read=200)
     loader.check_bad_share(num_bad=2, num_read=400)
     with pytest.raises(UserError, match=r"5 of 405 samples read are bad, more than .*0\.01"):
         loader.check_bad_share(num_bad=5, num_read=400)
@@ -116,7 +119,8 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_set_of_garbage_ends_with_one_message(tmp_path: Path, workers: int) -> None:
     path = write_set(tmp_path / "set", num=30, bad=set(range(30)))
-    with pytest.raises(UserError, match=r"^20 samples in a row are bad"):
+    named = r"the first (key\d{3}), key\d{3}, key\d{3}; \1: not a JPEG.*; is this the right"
+    with pytest.raises(UserError, match=rf"^20 samples in a row are bad, {named}"):
         batches(samples(path, num_workers=workers), 1)
 
 

@@ -436,6 +436,41 @@ def test_webdataset_conventions(tmp_path: Path) -> None:
     assert samples[2].meta == {"captions": {}}
 
 
+def test_a_text_counts_where_the_json_holds_no_caption(tmp_path: Path) -> None:
+    """As img2dataset writes them: a picture, its caption as .txt, where it came from as .json."""
+    members = []
+    for key, described in {
+        "a": b'{"url": "https://x.org/a.jpg", "width": 8}',
+        "b": b'{"caption": null, "captions": {}}',
+        "c": b'{"caption": "from json"}',
+        "d": caption("from json"),
+        "e": b"{broken",
+    }.items():
+        members += [(f"{key}.jpg", b"1"), (f"{key}.txt", b"from text"), (f"{key}.json", described)]
+    members += [("f.jpg", b"1"), ("f.json", b'{"label": 3}')]
+    split = open_dataset(plain_tar(tmp_path / "p" / "x.tar", members)).splits["all"]
+    captions = [split.read(row).meta["captions"] for row in range(4)]
+    assert captions[:2] == [{"und": ["from text"]}] * 2
+    assert captions[2:] == [{"und": ["from json"]}, {"en": ["from json"]}]
+    with pytest.raises(SampleError, match="JSON cannot be read"):
+        split.read(4)
+    assert split.read(5).meta == {"label": 3, "captions": {}}
+
+
+@pytest.mark.parametrize(("end", "message"), [(1024, "damaged"), (2048, "overwritten with zeros")])
+def test_a_tar_with_zeros_in_it_is_not_taken_as_shorter(
+    tmp_path: Path, end: int, message: str
+) -> None:
+    members = [("a.jpg", b"1"), ("b.jpg", b"2"), *[(f"c{n}.jpg", bytes([n])) for n in range(20)]]
+    tar = plain_tar(tmp_path / "p" / "x.tar", members)
+    data = bytearray(tar.read_bytes())
+    zeroed = 512 if message == "damaged" else len(data) - end
+    data[end : end + zeroed] = bytes(zeroed)
+    tar.write_bytes(data)
+    with pytest.raises(UserError, match=rf"x\.tar cannot be used: .*{message}.* byte {end:,}"):
+        open_dataset(tar)
+
+
 def test_hostile_members_are_ignored_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

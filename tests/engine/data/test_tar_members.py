@@ -53,3 +53,39 @@ def test_a_damaged_pax_header_is_refused() -> None:
     broken = data[: at - 2] + b"00" + data[at:]
     with pytest.raises(TarError, match="pax header"):
         list(iter_members(io.BytesIO(broken), len(broken)))
+
+
+def names_in(data: bytes) -> list[str]:
+    return [member.name for member in iter_members(io.BytesIO(data), len(data))]
+
+
+def unpadded() -> bytes:
+    return archive(tarfile.USTAR_FORMAT, ["a", "b", "c"])[:3072]
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 20, 21])
+def test_the_end_marks_of_usual_writers_are_taken(num_blocks: int) -> None:
+    data = unpadded() + bytes(num_blocks * 512)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert names_in(data) == tar.getnames() == ["a", "b", "c"]
+
+
+def test_an_archive_without_an_end_mark_is_truncated() -> None:
+    with pytest.raises(TarError, match=r"^truncated: it ends at byte 3,072 without an end mark"):
+        names_in(unpadded())
+
+
+@pytest.mark.parametrize("end", [1536, 3072])
+def test_zeros_from_some_byte_on_are_no_end_mark(end: int) -> None:
+    whole = unpadded() + bytes(3 << 20)
+    data = whole[:end] + bytes(len(whole) - end)
+    with pytest.raises(TarError, match=rf"zeros: it ends at byte {end:,}, [\d,]+ bytes of zeros"):
+        names_in(data)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_zeros_in_the_middle_are_damage(num_blocks: int) -> None:
+    whole = unpadded() + bytes(1024)
+    data = whole[:512] + bytes(num_blocks * 512) + whole[512 + num_blocks * 512 :]
+    with pytest.raises(TarError, match=r"^damaged: [\d,]+ bytes of zeros at byte 512, then other"):
+        names_in(data)

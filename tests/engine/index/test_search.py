@@ -1,6 +1,7 @@
 """`carillon search`: the right pictures, the cache, and every query that cannot be served."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,37 @@ def test_search_prints_a_list_and_writes_a_grid(
     result = json.loads(capsys.readouterr().out)
     assert [hit["rank"] for hit in result["hits"]] == [1, 2, 3]
     assert result["grid"] == str(grid)
+
+
+def test_a_damaged_cache_is_made_again(run: LoadedRun, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = open_dataset(run.config.data.path or "")
+    split = dataset.splits["train"]
+    before = search_run(run, "rouge", 3, dataset, split)
+    chunk = picture_store(run, dataset, split).path / "vectors/c/0/0"
+    chunk.write_bytes(chunk.read_bytes()[:100])
+    assert search_run(run, "rouge", 3, dataset, split) == before
+    assert "is damaged: vectors cannot be read" in (said := capsys.readouterr().err)
+    assert said.endswith("; it is made again\n")
+
+
+def test_a_picture_damaged_since_it_was_embedded_is_listed_as_such(
+    run: LoadedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "colours"
+    shutil.copytree(run.config.data.path or "", copy)
+    search = ["search", str(run.path), "rouge", "--data", str(copy), "--split", "train"]
+    search += ["--k", "3", "--out", str(tmp_path / "grid.png")]
+    assert main(search) == 0
+    assert "unreadable" not in capsys.readouterr().out
+    for shard in copy.glob("train-*.tar"):
+        content = bytearray(shard.read_bytes())
+        at = content.index(b"\x89PNG")
+        while at >= 0:
+            content[at + 30] ^= 1
+            at = content.find(b"\x89PNG", at + 1)
+        shard.write_bytes(content)
+    assert main(search) == 0
+    assert capsys.readouterr().out.count("(unreadable: its bytes in train-") == 3
 
 
 def test_what_cannot_be_searched_is_one_message(

@@ -55,6 +55,34 @@ def test_half_precision_halves_the_vectors(tmp_path: Path) -> None:
     assert store.attributes["dtype"] == "float16"
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("zarr.json", '"num_rows"', '"num_rovs"'),
+        ("zarr.json", '"sha256"', '"sha25v"'),
+        ("ids_offsets/zarr.json", '"shape"', '"shapf"'),
+        ("vectors/zarr.json", '"float32"', '"floaf32"'),
+    ],
+)
+def test_metadata_that_changed_is_one_message(
+    tmp_path: Path, file: str, old: str, new: str
+) -> None:
+    _write(tmp_path / "s.zarr")
+    text = (tmp_path / "s.zarr" / file).read_text()
+    assert old in text
+    (tmp_path / "s.zarr" / file).write_text(text.replace(old, new))
+    with pytest.raises(UserError, match="is damaged"):
+        (list((s := open_store(tmp_path / "s.zarr")).blocks()), s.rows(), s.strings("ids"))
+
+
+def test_a_chunk_that_is_cut_short_is_one_message(tmp_path: Path) -> None:
+    _write(tmp_path / "s.zarr")
+    chunk = tmp_path / "s.zarr" / "vectors/c/0/0"
+    chunk.write_bytes(chunk.read_bytes()[:100])
+    with pytest.raises(UserError, match="is damaged"):
+        list(open_store(tmp_path / "s.zarr").blocks())
+
+
 @pytest.mark.parametrize("where", ["vectors/c/0/0", "rows/c/0", "ids_bytes/c/0"])
 @pytest.mark.parametrize("lost", [False, True])
 def test_flipped_bits_and_lost_chunks_are_found(tmp_path: Path, where: str, lost: bool) -> None:

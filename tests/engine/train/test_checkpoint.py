@@ -152,9 +152,15 @@ def test_a_manifest_or_state_that_is_none_is_one_message(tmp_path: Path) -> None
     (tmp_path / "step-abc").mkdir()  # a stray folder is no checkpoint
     (tmp_path / "step-abc" / "manifest.json").write_text("{}")
     assert [c.step for c in list_checkpoints(tmp_path)] == [7]
+    whole = (checkpoint.path / "manifest.json").read_text()
     for content in ("", "{", "[]", "{}", '{"files": {}}', '{"files": 3}'):
         (checkpoint.path / "manifest.json").write_text(content)
         with pytest.raises(UserError, match=r"is damaged: manifest\.json is"):
+            checkpoint.verify()
+    assert '"size_bytes"' in whole
+    for one, other in (("size_bytes", "size_bytdr"), ("sha256", "sha25v")):
+        (checkpoint.path / "manifest.json").write_text(whole.replace(f'"{one}"', f'"{other}"', 1))
+        with pytest.raises(UserError, match=r"is damaged: manifest\.json is not what was written"):
             checkpoint.verify()
     (checkpoint.path / "state.json").write_text("{")
     with pytest.raises(UserError, match=r"is damaged: state\.json is"):

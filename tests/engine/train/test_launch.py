@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from carillon.engine.cli import main
 from carillon.engine.config import UserError
 from carillon.engine.index.encoder import Encoder
+from carillon.engine.train.guard import StepGuard
 from carillon.engine.train.launch import check_layout
 from carillon.engine.train.run import load_config, load_run
 
@@ -215,6 +217,77 @@ def test_a_checkpoint_of_another_model_is_refused(
     other.checkpoints()[-1].path.rename(setup.run / "checkpoints" / "step-00000007")
     assert setup.train() == 2
     assert "is of another model: tensors" in complaint(capsys)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(
+    trained: Setup, make_setup: Any, tmp_path: Path, capsys: Capture
+) -> None:
+    """The shapes fit, so only the config's hash tells."""
+    other = make_setup()
+    assert other.train("optimization.lr=0.5") == 0
+    setup = trained.killed_after(0, tmp_path / "runs")
+    other.checkpoints()[-1].path.rename(setup.run / "checkpoints" / "step-00000007")
+    assert setup.train() == 2
+    assert "is of a run with other settings" in complaint(capsys)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "tokenizer.json"])
+def test_a_file_of_a_run_that_changed_is_named(name: str, trained: Setup, tmp_path: Path) -> None:
+    setup = trained.killed_after(10, tmp_path / "runs")
+    load_run(setup.run)
+    file = setup.run / name
+    old, new = ("lr: 0.001", "lr: 0.002") if name == "config.yaml" else ('"<pad>"', '"[PAD]"')
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=f"{name} is not the file that the run was trained with"):
+        load_run(setup.run)
+
+
+def test_fresh_moves_nothing_aside_when_the_data_is_missing(
+    make_setup: Any, make_pictures: Any, tmp_path: Path, capsys: Capture
+) -> None:
+    data = make_pictures(tmp_path / "pictures")
+    setup = make_setup(data)
+    assert setup.train() == 0
+    data.rename(tmp_path / "elsewhere")
+    assert main(["train", str(setup.config), f"logging.output={setup.output}", "--fresh"]) == 2
+    assert str(data) in complaint(capsys)
+    assert setup.steps() == [5, 10]
+    assert not list(setup.output.glob("*.old"))
+
+
+def test_a_run_that_ends_without_a_loss_is_given_up(setup: Setup, capsys: Capture) -> None:
+    """The first step overshoots; the last one, skipped for its NaN, is no end to save."""
+    assert setup.train("optimization.lr=1e30", "optimization.steps=2") == 3
+    assert "stopped: the last step was skipped, its loss is nan" in capsys.readouterr().err
+    assert setup.steps() == []
+    assert setup.lines("metrics.jsonl")[-1]["loss"] is None  # JSON has no NaN
+
+
+def test_a_signal_while_steps_are_skipped_saves_nothing(
+    setup: Setup, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = StepGuard.judge
+
+    def skip_and_signal(guard: StepGuard, loss: float, norm: float) -> Any:
+        verdict = judge(guard, float("nan") if guard._seen == 6 else loss, norm)
+        if verdict.skip:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return verdict
+
+    monkeypatch.setattr(StepGuard, "judge", skip_and_signal)
+    assert setup.train() == 75
+    assert "while steps were being skipped, which is not saved" in capsys.readouterr().err
+    assert setup.steps() == [5]
+    monkeypatch.undo()
+    assert setup.train() == 0
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused(setup: Setup, capsys: Capture) -> None:
+    overrides = ("optimization.steps=null", "optimization.epochs=1", "optimization.warmup_steps=99")
+    assert setup.train(*overrides) == 2
+    assert "warmup_steps: 99 is more than the 8 steps that optimization.epochs" in complaint(capsys)
 
 
 def test_a_tokenizer_that_changed_under_its_path_is_refused(
