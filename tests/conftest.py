@@ -1,10 +1,18 @@
-"""The developers' data sets, which stand beside the repository and are no part of it."""
+"""The developers' data sets, which stand beside the repository and are no part of it.
+
+And the choice of Triton's interpreter where there is no GPU: it is made when Triton is first
+imported, which torch may do in any test, so it stands here.
+"""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -2,10 +2,12 @@
 
 Pictures of a set are encoded once and shared by its languages. Nothing here knows of processes: a
 trainer calls it where it wants the numbers. `carillon eval run` leaves evaluation.json and
-retrieval.png in the run. Left out: captioning, questions, grounding.
+retrieval.png in the run; with options that change what is scored, files of other names beside them
+and registry rows of other names. Left out: captioning, questions, grounding.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import time
@@ -34,6 +36,7 @@ from carillon.engine.eval.sets import (
     default_retrieval_sets,
 )
 from carillon.engine.index.encoder import Encoder, run_encoder
+from carillon.engine.index.source import choose_split
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 
 if TYPE_CHECKING:
@@ -231,6 +234,10 @@ EXAMPLES = """examples:
   carillon eval run emoji-1a2b3c4d
   carillon eval run emoji-1a2b3c4d --checkpoint best --set heldout_vendor --languages en,fr,ar
   carillon eval run emoji-1a2b3c4d --data data/my-photos --split all --max-queries 500 --json
+
+The results go to RUN/evaluation.json and the registry. With --set, --data, --split, --languages or
+--max-queries they go to RUN/evaluation-HASH.json instead, HASH being that of the options, and rows
+that are not of a whole set enter the registry under a name with the data and the options.
 """
 
 
@@ -271,10 +278,13 @@ def main(args: argparse.Namespace) -> int:
             f"the folder {run.path} cannot be written, and the results go there; "
             "evaluate a copy of it"
         )
-    extra = None
+    extra, scope = None, _narrowing(languages, args.max_queries)
     if args.data is not None or args.split is not None:
         extra = RetrievalSetConfig(path=args.data, split=args.split)
-    picture = RetrievalPicture(run.path / "retrieval.png")
+        scope = [*_data_scored(args.data, args.split, run.config.data), *scope]
+    suffix = _file_suffix([*(f"set={name}" for name in sorted(set(args.sets))), *scope])
+    file = run.path / f"evaluation{suffix}.json"
+    picture = RetrievalPicture(run.path / f"retrieval{suffix}.png")
     results = evaluate_run(
         run,
         sets=args.sets,
@@ -283,34 +293,58 @@ def main(args: argparse.Namespace) -> int:
         max_queries=args.max_queries,
         on_encoded=picture.draw_first,
     )
-    write_results(run.path / "evaluation.json", results)
-    note = record_results(run, results)
+    if suffix:
+        results["options"] = {"sets": args.sets, "scope": scope}
+    write_results(file, results)
+    note = record_results(run, results, scope)
     if args.json:
         print(json.dumps(results, ensure_ascii=False, indent=2))
     else:
-        _print_results(results, run.path / "evaluation.json", [*picture.notes, *note])
+        _print_results(results, file, [*picture.notes, *note])
     return 0
 
 
+def _narrowing(languages: Sequence[str], max_queries: int | None) -> list[str]:
+    """The options that make a set's numbers others than those of the config, as `name=value`."""
+    given = [f"languages={','.join(languages)}"] if languages else []
+    return [*given, f"max-queries={max_queries}"] if max_queries is not None else given
+
+
+def _data_scored(path: str | None, split: str | None, data: DataConfig) -> list[str]:
+    """The data and split scored in place of the config's sets, as `name=value`."""
+    dataset, chosen = choose_split(path, split, data)
+    return [f"data={dataset.name}@{dataset.fingerprint[:12]}", f"split={chosen.name}"]
+
+
+def _file_suffix(options: Sequence[str]) -> str:
+    """What tells the files of these options from others; empty for the full evaluation."""
+    return f"-{hashlib.sha256(json.dumps(options).encode()).hexdigest()[:8]}" if options else ""
+
+
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write evaluation.json whole or not at all. Raises: UserError when it cannot be written."""
+    """Write the results whole or not at all. Raises: UserError when they cannot be written."""
     publish_file(path, (json.dumps(results, ensure_ascii=False, indent=2) + "\n").encode())
 
 
-def record_results(run: "LoadedRun", results: Mapping[str, Any]) -> list[str]:
+def record_results(
+    run: "LoadedRun", results: Mapping[str, Any], scope: Sequence[str] = ()
+) -> list[str]:
     """Enter each set's result in the run's registry; returns what the user should be told.
 
-    The results are in evaluation.json already, so a registry that cannot take them stops nothing.
+    With a `scope`, of other data or a part of a set, rows are named for it and stand beside those
+    of the whole sets. The results are in a file already, so a registry that cannot take them stops
+    nothing.
     """
     from carillon.engine.registry.database import RegistryError
     from carillon.engine.registry.store import Registry
 
     location = run.config.logging.registry or run.path.parent / "registry.sqlite"
+    scored = f" ({' '.join(scope)})" if scope else ""
     try:
         registry = Registry.open(location, create=False)
         for task in ("retrieval", "zeroshot"):
             for name, result in results[task].items():
-                registry.add_evaluation(run.checkpoint_hash, f"{task}/{name}", result)
+                registry.add_evaluation(run.checkpoint_hash, f"{task}/{name}{scored}", result)
     except RegistryError as error:
         return [f"not entered in the registry: {error}"]
     return []

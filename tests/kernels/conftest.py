@@ -1,15 +1,10 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter, which is chosen when they are defined:
-so before any of them is imported. Three things that Triton 3.6's interpreter gets wrong are put
-right here, each to go with a Triton that does it itself."""
+"""Three things that Triton 3.6's interpreter gets wrong are put right here, each to go with a
+Triton that does it itself. (tests/conftest.py chooses the interpreter.)"""
 
-import os
 from typing import Any
 
 import numpy as np
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 try:
     import triton.language as tl

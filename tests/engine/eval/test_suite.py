@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -240,7 +241,7 @@ def test_a_model_of_nan_is_named(run: LoadedRun) -> None:
 def test_eval_run_prints_tables_and_writes_the_run(
     run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["eval", "run", str(run_folder), "--set", "validation"]) == 0
+    assert main(["eval", "run", str(run_folder)]) == 0
     printed = capsys.readouterr().out
     for expected in ("image \u2192 text", "text \u2192 image", "R@10 %", "chance", "mean of 3"):
         assert expected in printed
@@ -278,6 +279,53 @@ def test_results_enter_the_registry_of_the_run(
         (row,) = session.scalars(select(EvaluationRow)).all()
         assert row.suite_name == "retrieval/shades"
         assert row.metrics == results["retrieval"]["shades"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "row"),
+    [
+        (["--set", "validation"], "retrieval/validation"),
+        (["--max-queries", "4"], "retrieval/validation (max-queries=4)"),
+        (["--languages", "fr"], "retrieval/validation (languages=fr)"),
+        (
+            ["--data", "COLOURS", "--split", "shades", "--set", "validation"],
+            "retrieval/validation (data=colours@FINGERPRINT split=shades)",
+        ),
+        (["--split", "train"], "retrieval/data (data=colours@FINGERPRINT split=train)"),
+    ],
+)
+def test_a_part_or_other_data_stand_beside_the_full_results(
+    run: LoadedRun, colours: Path, tmp_path: Path, arguments: list[str], row: str
+) -> None:
+    registry = Registry.open(tmp_path / "registry.sqlite")
+    run_id = registry.start_run("r", config_hash="c", params={}, artifacts_uri=run.path)
+    checkpoint = run.path / "checkpoints" / "step-00000150"
+    registry.add_checkpoint(run_id, 150, uri=checkpoint, content_hash=run.checkpoint_hash)
+    copy = tmp_path / "colours-run"
+    shutil.copytree(run.path, copy, ignore=shutil.ignore_patterns("evaluation*", "retrieval*"))
+
+    def rows() -> dict[str, object]:
+        with registry.reading() as session:
+            return {r.suite_name: r.metrics for r in session.scalars(select(EvaluationRow))}
+
+    def files() -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in copy.iterdir() if p.name[:4] in ("eval", "retr")}
+
+    command = ["eval", "run", str(copy)]
+    assert main(command) == 0
+    full, full_rows = files(), rows()
+    assert set(full) == {"evaluation.json", "retrieval.png"}
+    assert set(full_rows) == {"retrieval/validation", "retrieval/shades"}
+    given = [str(colours) if word == "COLOURS" else word for word in arguments]
+    assert main([*command, *given]) == 0
+    assert main([*command, *given]) == 0  # the same again: in the same place
+    assert {name: files()[name] for name in full} == full
+    assert rows().items() >= full_rows.items()
+    (added,) = (name for name in files() if name.endswith(".json") and name not in full)
+    results = json.loads(files()[added])
+    assert set(results["options"]) == {"sets", "scope"}
+    name = row.replace("FINGERPRINT", open_dataset(colours).fingerprint[:12])
+    assert rows()[name] == results["retrieval"][name.split(" ")[0].split("/")[1]]
 
 
 def test_languages_default_to_those_trained_on(tmp_path: Path) -> None:
