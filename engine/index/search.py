@@ -83,19 +83,27 @@ def picture_store(
     split: Split,
     *,
     batch_size: int = 128,
-    again: bool = False,
 ) -> EmbeddingStore:
-    """The run's own store of a split's pictures, made when it is not there, or `again`."""
+    """The run's own store of a split's pictures, made when it is not there or cannot be used."""
     wanted = store_identity(run, dataset, split, "image")
     name = f"{run.checkpoint_hash[:12]}-{dataset.fingerprint[:12]}-{split.name}.zarr"
     path = run.path / "embeddings" / name
-    if path.exists() and not again:
+    if path.exists():
         try:
             return open_store(path, wanted)
-        except UserError:  # of another checkpoint, or unreadable: it is only a cache
-            shutil.rmtree(path, ignore_errors=True)
+        except UserError as error:
+            _discard(path, error)
     store, _ = embed_split(run, dataset, split, path, batch_size=batch_size, overwrite=True)
     return store
+
+
+def _discard(path: Path, error: UserError) -> None:
+    """Remove a store of the run's own, which is only a cache, and say why."""
+    print(f"{str(error).partition(';')[0]}; it is made again", file=sys.stderr)
+    try:
+        shutil.rmtree(path)
+    except OSError as failure:
+        raise UserError(f"{path} cannot be removed: {explained(failure)}") from None
 
 
 def search_run(
@@ -112,12 +120,12 @@ def search_run(
         raise UserError(f"k = {k} given, but the set has only {len(split):,} pictures")
     encoder = run_encoder(run)
     vector = encoder.texts([text])[0] if text is not None else encoder.picture(query)  # type: ignore[arg-type]
+    store = picture_store(run, dataset, split)
     try:
-        store = picture_store(run, dataset, split)
         (scores, places), rows, keys = top_k(store, vector, k), store.rows(), store.strings("ids")
-    except StoreDamaged as damage:  # it is only a cache
-        print(f"{damage.args[0].partition(';')[0]}; it is made again", file=sys.stderr)
-        store = picture_store(run, dataset, split, again=True)
+    except StoreDamaged as damage:
+        _discard(store.path, damage)
+        store = picture_store(run, dataset, split)
         (scores, places), rows, keys = top_k(store, vector, k), store.rows(), store.strings("ids")
     return [
         Hit(rank, score, keys[place], _caption(split, int(rows[place])), int(rows[place]))

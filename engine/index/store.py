@@ -12,10 +12,10 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ VERSION = 1
 CHUNK_ROWS = 2048  # a chunk is written whole: 4 MB at 512 dims, however small the set
 DTYPES = ("float32", "float16")
 _STRINGS = ("ids", "languages", "captions")
+T = TypeVar("T")
 
 
 class StoreDamaged(UserError):
@@ -71,12 +72,20 @@ class EmbeddingStore:
 
     def strings(self, name: str) -> list[str]:
         """`ids`, or a text store's `languages` or `captions`. Raises: UserError when damaged."""
-        if f"{name}_offsets" not in self.attributes["sha256"]:
-            kind = self.attributes["modality"]
+        array = f"{name}_offsets"
+        if array not in self.attributes["sha256"] and not (self.path / array).exists():
+            kind = self.attributes.get("modality")
             raise ValueError(f"{self.path} is a store of {kind} vectors and holds no {name}")
-        offsets = self._checked(f"{name}_offsets").tolist()
+        offsets = self._checked(array).tolist()
         data = self._checked(f"{name}_bytes").tobytes()
         return [data[a:b].decode() for a, b in pairwise(offsets)]
+
+    def check(self) -> None:
+        """Raises: StoreDamaged when the attributes are not of the vectors that are there."""
+        size = (self.attributes.get("num_rows"), self.attributes.get("dims"))
+        shape = self._read("vectors", lambda array: array.shape)
+        if shape != size or not isinstance(self.attributes.get("sha256"), dict):
+            raise self._damaged("zarr.json is not what was written")
 
     def _checked(self, name: str) -> np.ndarray:
         values = self._part(name, slice(None))
@@ -84,21 +93,32 @@ class EmbeddingStore:
         return values
 
     def _part(self, name: str, part: slice) -> np.ndarray:
+        return self._read(name, lambda array: np.ascontiguousarray(array[part]))
+
+    def _read(self, name: str, read: Callable[[Any], T]) -> T:
         try:
-            return np.ascontiguousarray(self._group[name][part])
+            return read(self._group[name])
         # Zarr raises nearly anything for files that are not what it wrote.
         except Exception as error:
-            raise self._damaged(f"{name} cannot be read ({error})") from None
+            raise self._damaged(f"{name} cannot be read ({_one_line(error)})") from None
 
     def _compare(self, name: str, digest: str) -> None:
         if digest != self.attributes["sha256"].get(name):
             raise self._damaged(f"{name} is not what was written")
 
     def _damaged(self, what: str) -> StoreDamaged:
-        return StoreDamaged(
-            f"the store {self.path} is damaged: {what}; "
-            "remove the store and make it again with `carillon embed`"
-        )
+        return _damaged(self.path, what)
+
+
+def _damaged(path: Path, what: str) -> StoreDamaged:
+    return StoreDamaged(
+        f"the store {path} is damaged: {what}; "
+        "remove the store and make it again with `carillon embed`"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def open_store(path: str | Path, expected: Mapping[str, Any] | None = None) -> EmbeddingStore:
@@ -113,14 +133,17 @@ def open_store(path: str | Path, expected: Mapping[str, Any] | None = None) -> E
         raise UserError(f"{path} is no embedding store; make one with `carillon embed`")
     try:
         store = EmbeddingStore(path, zarr.open_group(path, mode="r", zarr_format=3))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the store {path} cannot be opened: {error}") from None
+    except PermissionError as error:
+        raise UserError(f"the store {path} cannot be opened: {explained(error)}") from None
+    except Exception as error:  # as in EmbeddingStore._read
+        raise _damaged(path, f"it cannot be opened ({_one_line(error)})") from None
     found = (store.attributes.get("format"), store.attributes.get("version"))
     if found != (FORMAT, VERSION):
-        raise UserError(f"{path} is no embedding store of version {VERSION}: {found} found")
-    sizes, digests = store.attributes.get("num_rows"), store.attributes.get("sha256")
-    if not isinstance(sizes, int) or not isinstance(digests, dict):
-        raise StoreDamaged(f"the store {path} is damaged: zarr.json is not what was written")
+        raise UserError(
+            f"{path} is no embedding store of version {VERSION}: {found} found; "
+            "make one with `carillon embed`"
+        )
+    store.check()
     for name, value in (expected or {}).items():
         if store.attributes.get(name) != value:
             raise UserError(

@@ -63,7 +63,7 @@ class Checkpoint:
         if not isinstance(files, dict) or not {STATE, ".metadata"} <= files.keys():
             raise UserError(_damaged(self.path, MANIFEST, "not a manifest of a checkpoint"))
         for name, entry in files.items():
-            if not isinstance(entry, dict) or entry.keys() != {"size_bytes", "sha256"}:
+            if not _is_entry(entry):
                 raise UserError(_damaged(self.path, MANIFEST, f"not what was written, at {name}"))
             file = self.path / name
             if not file.is_file() or file.stat().st_size != entry["size_bytes"]:
@@ -72,6 +72,15 @@ class Checkpoint:
                 raise UserError(
                     _damaged(self.path, name, "not what was written (its SHA-256 is another)")
                 )
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether it is what `_seal` writes of a file."""
+    if not isinstance(entry, dict) or entry.keys() != {"size_bytes", "sha256"}:
+        return False
+    size_bytes, digest = entry["size_bytes"], entry["sha256"]
+    is_digest = isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None
+    return type(size_bytes) is int and size_bytes >= 0 and is_digest
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

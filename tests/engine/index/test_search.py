@@ -125,6 +125,34 @@ def test_a_damaged_cache_is_made_again(run: LoadedRun, capsys: pytest.CaptureFix
     assert said.endswith("; it is made again\n")
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("zarr.json", '"ids_offsets"', '"idr_offsets"'),
+        ("zarr.json", '"carillon-embeddings"', '"carillon-embeddingr"'),
+        ("zarr.json", '"num_rows"', '"num_rovs"'),
+        ("vectors/zarr.json", "    16\n  ],", "    17\n  ],"),
+        ("ids_offsets/zarr.json", '"shape"', '"shapf"'),
+    ],
+)
+def test_a_cache_with_changed_metadata_is_made_again(
+    run: LoadedRun, capsys: pytest.CaptureFixture[str], file: str, old: str, new: str
+) -> None:
+    dataset = open_dataset(run.config.data.path or "")
+    split = dataset.splits["train"]
+    before = search_run(run, "rouge", 3, dataset, split)
+    changed = picture_store(run, dataset, split).path / file
+    text = changed.read_text()
+    assert old in text
+    changed.write_text(text.replace(old, new, 1))
+    capsys.readouterr()
+    assert search_run(run, "rouge", 3, dataset, split) == before
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("; it is made again")
+    assert search_run(run, "rouge", 3, dataset, split) == before
+    assert not capsys.readouterr().err
+
+
 def test_a_picture_damaged_since_it_was_embedded_is_listed_as_such(
     run: LoadedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

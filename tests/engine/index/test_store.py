@@ -60,6 +60,11 @@ def test_half_precision_halves_the_vectors(tmp_path: Path) -> None:
     [
         ("zarr.json", '"num_rows"', '"num_rovs"'),
         ("zarr.json", '"sha256"', '"sha25v"'),
+        ("zarr.json", '"ids_offsets"', '"idr_offsets"'),
+        ("zarr.json", '"num_rows": 50', '"num_rows": -0'),
+        ("zarr.json", '"dims": 6', '"dims": 7'),
+        ("zarr.json", '"group"', '"grouq"'),
+        ("vectors/zarr.json", "    6\n  ],", "    7\n  ],"),
         ("ids_offsets/zarr.json", '"shape"', '"shapf"'),
         ("vectors/zarr.json", '"float32"', '"floaf32"'),
     ],
@@ -71,7 +76,7 @@ def test_metadata_that_changed_is_one_message(
     text = (tmp_path / "s.zarr" / file).read_text()
     assert old in text
     (tmp_path / "s.zarr" / file).write_text(text.replace(old, new))
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match=r"is damaged.*make it again with `carillon embed`"):
         (list((s := open_store(tmp_path / "s.zarr")).blocks()), s.rows(), s.strings("ids"))
 
 

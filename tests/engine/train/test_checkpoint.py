@@ -162,6 +162,20 @@ def test_a_manifest_or_state_that_is_none_is_one_message(tmp_path: Path) -> None
         (checkpoint.path / "manifest.json").write_text(whole.replace(f'"{one}"', f'"{other}"', 1))
         with pytest.raises(UserError, match=r"is damaged: manifest\.json is not what was written"):
             checkpoint.verify()
+    for field, value in (
+        ("size_bytes", "7"),
+        ("size_bytes", 7.0),
+        ("size_bytes", True),
+        ("size_bytes", -7),
+        ("sha256", None),
+        ("sha256", "g" * 64),
+        ("sha256", "a" * 63),
+    ):
+        manifest = json.loads(whole)
+        manifest["files"]["__0_0.distcp"][field] = value
+        (checkpoint.path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match=r"is damaged: manifest\.json is .* at __0_0"):
+            checkpoint.verify()
     (checkpoint.path / "state.json").write_text("{")
     with pytest.raises(UserError, match=r"is damaged: state\.json is"):
         _ = checkpoint.state
