@@ -3,10 +3,16 @@
 // The module has constants only: operators are reached as torch.ops.carillon.<op>.
 #include <Python.h>
 
+#include <ATen/Config.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
+#if AT_PARALLEL_OPENMP && !defined(_OPENMP)
+#error "at::parallel_for would run on one thread: compile with -fopenmp"
+#endif
+
 TORCH_LIBRARY(carillon, m) {
+  m.def("limit_instruction_set(str name) -> str");
   m.def("image_normalize(Tensor images, float[] mean, float[] std, ScalarType dtype) -> Tensor");
 
   m.def(

@@ -1,4 +1,4 @@
-// The contrastive ops' loops, compiled once per instruction set (csrc/cpu_targets.h).
+// The contrastive ops' loops, compiled once per instruction set (cpu_targets.h).
 //
 // A tile is kRowTile rows x kColumnTile columns of logits, computed by one product into a buffer
 // that stays in cache, reduced or turned into weights there, and never kept. Its exponentials share
@@ -6,68 +6,45 @@
 // a pair between them. Where that shift is so far above a row's or a column's own logits that their
 // sums lose precision, the tile is done again with a shift of their own.
 
-// Row-major words (count x depth) into panels for a product over the depth; zeros past `count`, up
-// to `padded_count`, a multiple of kPanel.
-void pack_columns(const uint32_t* from, int64_t count, int64_t depth, uint32_t* to,
-                  int64_t padded_count) {
-  constexpr int64_t kLine = 16;  // words of a cache line, read at once
-  for (int64_t first = 0; first < padded_count; first += kPanel) {
-    uint32_t* panel = to + first * depth;
-    for (int64_t from_k = 0; from_k < depth; from_k += kLine) {
-      const int64_t end_k = std::min(depth, from_k + kLine);
-      for (int64_t j = 0; j < kPanel; ++j) {
-        for (int64_t k = from_k; k < end_k; ++k) {
-          panel[k * kPanel + j] = first + j < count ? from[(first + j) * depth + k] : 0;
-        }
-      }
-    }
-  }
+
+template <typename Element>
+Head<Element> rows_of(const Features& features, int64_t first) {
+  return {static_cast<const Element*>(features.data) + first * features.dims, features.dims, 0};
 }
 
-// Row-major features (count x dims) into panels for a product over the rows; zeros past the edges.
-void pack_rows(const float* from, int64_t count, int64_t dims, uint32_t* to, int64_t padded_count,
-               int64_t padded_dims) {
-  for (int64_t first = 0; first < padded_dims; first += kPanel) {
-    auto* panel = reinterpret_cast<float*>(to + first * padded_count);
-    for (int64_t k = 0; k < padded_count; ++k) {
-      for (int64_t j = 0; j < kPanel; ++j) {
-        const bool present = k < count && first + j < dims;
-        panel[k * kPanel + j] = present ? from[k * dims + first + j] : 0.0f;
-      }
-    }
-  }
+// Rows as the left operand of the logits' product.
+template <typename Element, bool kPairs>
+void pack_tile_rows(const Features& from, int64_t first, int64_t count, float* to) {
+  pack_rows<Element, kPairs>(rows_of<Element>(from, first), count, units_of<kPairs>(from.dims), to);
 }
 
-// The same for bfloat16: a word holds the values of two neighbouring rows.
-void pack_rows(const uint16_t* from, int64_t count, int64_t dims, uint32_t* to,
-               int64_t padded_count, int64_t padded_dims) {
-  for (int64_t first = 0; first < padded_dims; first += kPanel) {
-    uint32_t* panel = to + first * (padded_count / 2);
-    for (int64_t k = 0; k < padded_count; k += 2) {
-      for (int64_t j = 0; j < kPanel; ++j) {
-        const bool in_dims = first + j < dims;
-        const uint32_t even = in_dims && k < count ? from[k * dims + first + j] : 0;
-        const uint32_t odd = in_dims && k + 1 < count ? from[(k + 1) * dims + first + j] : 0;
-        panel[(k / 2) * kPanel + j] = even | (odd << 16);
-      }
-    }
-  }
+// A tile's columns as its right operand; zeros past `count`.
+template <typename Element, bool kPairs>
+void pack_tile_columns(const Features& from, int64_t first, int64_t count, float* to) {
+  const int64_t units = units_of<kPairs>(from.dims);
+  pack_transposed<Element, kPairs>(rows_of<Element>(from, first), count, units,
+                                   {to, units, kColumnTile});
 }
 
-// Logits of a tile from the features: the product, then the scale and shift, then what is left out.
-template <typename Products>
+// Either side as the right operand of the product that gives the other side's gradient.
+template <typename Element, bool kPairs>
+void pack_tile_steps(const Features& from, int64_t first, int64_t count, int64_t width, float* to) {
+  pack_steps<Element, kPairs>(rows_of<Element>(from, first), count, from.dims,
+                              {to, units_of<kPairs>(count), width});
+}
+
+// Logits of a tile: the product, then the scale and bias, then what is left out.
+template <bool kPairs>
 void fill_tile(const Tile& tile, float* logits) {
-  product<Products, false>(tile.rows, tile.depth, 1, tile.columns, tile.depth, logits, kColumnTile,
-                           kRowTile, kColumnTile);
+  const int64_t units = units_of<kPairs>(tile.dims);
+  multiply<kPairs>({tile.rows, units, 1}, {const_cast<float*>(tile.columns), units, kColumnTile},
+                   tile.num_rows, units, kColumnTile, logits, kColumnTile, false);
   for (int64_t i = 0; i < tile.num_rows; ++i) {
     float* line = logits + i * kColumnTile;
-    for (int64_t j = 0; j < kColumnTile; j += CARILLON_VECTOR) {
-      store(line + j, load(line + j) * splat(tile.scale) + splat(tile.bias));
+    for (int64_t j = 0; j < kColumnTile; j += kWidth) {
+      store(line + j, load(line + j) * broadcast(tile.scale) + broadcast(tile.bias));
     }
     for (int64_t j = tile.num_columns; j < kColumnTile; ++j) line[j] = kLeftOut;
-  }
-  for (int64_t i = tile.num_rows; i < kRowTile; ++i) {
-    for (int64_t j = 0; j < kColumnTile; ++j) logits[i * kColumnTile + j] = kLeftOut;
   }
   if (tile.row_ids == nullptr) return;
   for (int64_t i = 0; i < tile.num_rows; ++i) {
@@ -84,15 +61,15 @@ void fill_tile(const Tile& tile, float* logits) {
 }
 
 // NaN where there is one, so that it reaches the sums.
-float largest_logit(const float* logits) {
-  Floats largest = splat(kLeftOut), sum = {};
-  for (int64_t at = 0; at < kRowTile * kColumnTile; at += CARILLON_VECTOR) {
+float largest_logit(const float* logits, int64_t num_rows) {
+  Floats top = broadcast(kLeftOut), odd = {};
+  for (int64_t at = 0; at < num_rows * kColumnTile; at += kWidth) {
     const Floats logit = load(logits + at);
-    largest = larger(logit, largest);
-    sum += logit * splat(0.0f) == splat(0.0f) ? splat(0.0f) : logit;  // -inf and NaN alone
+    top = larger(logit, top);
+    odd += choose(logit * 0.0f == 0.0f, Floats{}, logit);  // -inf and NaN alone
   }
-  const float odd = sum_of(sum);
-  return odd != odd ? odd : largest_of(largest);
+  const float nan = sum(odd);
+  return nan != nan ? nan : largest(top);
 }
 
 // Adds sums of exponentials with one shift to what was summed with another.
@@ -120,19 +97,19 @@ void merge_exactly(const float* logits, int64_t step, int64_t count, float& shif
 
 // A tile's share of the log-sum-exps of its rows and columns, as shifts and sums.
 void reduce_tile(const Tile& tile, const float* logits, const Sums& rows, const Sums& columns) {
-  const float shift = largest_logit(logits);
+  const float shift = largest_logit(logits, tile.num_rows);
   if (shift == kLeftOut) return;
   alignas(64) float row_sums[kRowTile];
   alignas(64) float column_sums[kColumnTile] = {};
   for (int64_t i = 0; i < tile.num_rows; ++i) {
     const float* line = logits + i * kColumnTile;
-    Floats sum = {};
-    for (int64_t j = 0; j < kColumnTile; j += CARILLON_VECTOR) {
-      const Floats value = exp_of(load(line + j) - splat(shift));
-      sum += value;
+    Floats total = {};
+    for (int64_t j = 0; j < kColumnTile; j += kWidth) {
+      const Floats value = exponential(load(line + j) - shift);
+      total += value;
       store(column_sums + j, load(column_sums + j) + value);
     }
-    row_sums[i] = sum_of(sum);
+    row_sums[i] = sum(total);
   }
   for (int64_t i = 0; i < tile.num_rows; ++i) {
     if (row_sums[i] >= kSmallestSum) {
@@ -167,22 +144,22 @@ void add_plain_sums(const Tile& tile, const float* logits, float* rows, float* c
 float sigmoid_row(const Tile& tile, float* line, int64_t i) {
   const int64_t match = tile.match(i);
   if (match >= 0) line[match] = -line[match];
-  Floats sum = {};
-  for (int64_t j = 0; j < kColumnTile; j += CARILLON_VECTOR) {
+  Floats total = {};
+  for (int64_t j = 0; j < kColumnTile; j += kWidth) {
     const Floats logit = load(line + j);
-    const Floats u = exp_of(-larger(logit, -logit));
-    const Floats y = u / (u + splat(2.0f));
+    const Floats u = exponential(-larger(logit, -logit));
+    const Floats y = u / (u + 2.0f);
     const Floats square = y * y;
-    Floats series = splat(1.0f / 13);
-    series = series * square + splat(1.0f / 11);
-    series = series * square + splat(1.0f / 9);
-    series = series * square + splat(1.0f / 7);
-    series = series * square + splat(1.0f / 5);
-    series = series * square + splat(1.0f / 3);
-    series = series * square + splat(1.0f);
-    sum += larger(logit, splat(0.0f)) + splat(2.0f) * y * series;
+    Floats series = broadcast(1.0f / 13);
+    series = series * square + 1.0f / 11;
+    series = series * square + 1.0f / 9;
+    series = series * square + 1.0f / 7;
+    series = series * square + 1.0f / 5;
+    series = series * square + 1.0f / 3;
+    series = series * square + 1.0f;
+    total += larger(logit, Floats{}) + 2.0f * y * series;
   }
-  return sum_of(sum);
+  return sum(total);
 }
 
 // Rows past the last have no weight; their logits were left out.
@@ -192,7 +169,7 @@ void clear_edge(const Tile& tile, float* weights) {
 
 // Turns logits into the loss's derivative by each, softmax form; returns the sum of that times l.
 float softmax_weights(const Tile& tile, float* logits, const Gradients& by) {
-  const float shift = largest_logit(logits);
+  const float shift = largest_logit(logits, tile.num_rows);
   bool shared = shift != kLeftOut;
   alignas(64) float row_factor[kRowTile];
   alignas(64) float column_factor[kColumnTile] = {};
@@ -220,29 +197,29 @@ float softmax_weights(const Tile& tile, float* logits, const Gradients& by) {
     float* line = logits + i * kColumnTile;
     const int64_t match = tile.match(i);
     const float match_logit = match >= 0 ? line[match] : 0.0f;
-    Floats sum = {};
-    for (int64_t j = 0; j < kColumnTile; j += CARILLON_VECTOR) {
+    Floats total = {};
+    for (int64_t j = 0; j < kColumnTile; j += kWidth) {
       const Floats logit = load(line + j);
       Floats weight;
       if (shared) {
-        weight = exp_of(logit - splat(shift)) * (splat(row_factor[i]) + load(column_factor + j));
+        weight = exponential(logit - shift) * (row_factor[i] + load(column_factor + j));
       } else {
         // A column that is not used may have any logit: its exponent is cut, its gradient is zero.
-        const Floats limit = splat(80.0f);
-        const Floats by_row = logit - splat(by.row_lse[i]);
+        const Floats limit = broadcast(80.0f);
+        const Floats by_row = logit - by.row_lse[i];
         const Floats by_column = logit - load(column_lse + j);
-        weight = exp_of(by_row > limit ? limit : by_row) * splat(by.row_lse_grad[i]) +
-                 exp_of(by_column > limit ? limit : by_column) * load(column_grad + j);
+        weight = exponential(by_row > limit ? limit : by_row) * by.row_lse_grad[i] +
+                 exponential(by_column > limit ? limit : by_column) * load(column_grad + j);
       }
       if (by.row_sum_grad != nullptr) {
-        const Floats plain = splat(by.row_sum_grad[i]) + load(by.column_sum_grad + j);
-        weight = logit == splat(kLeftOut) ? splat(0.0f) : weight + plain;
+        const Floats plain = broadcast(by.row_sum_grad[i]) + load(by.column_sum_grad + j);
+        weight = logit == kLeftOut ? Floats{} : weight + plain;
       }
       // What is left out has the logit -inf and the weight 0, whose product is not wanted.
-      sum += logit == splat(kLeftOut) ? splat(0.0f) : weight * logit;
+      total += logit == kLeftOut ? Floats{} : weight * logit;
       store(line + j, weight);
     }
-    weighted += static_cast<double>(sum_of(sum));
+    weighted += static_cast<double>(sum(total));
     if (match >= 0) {
       line[match] += by.positive_grad[i];
       weighted += static_cast<double>(by.positive_grad[i]) * match_logit;
@@ -260,19 +237,19 @@ float sigmoid_weights(const Tile& tile, float* logits, const float* row_loss_gra
     const int64_t match = tile.match(i);
     const float match_logit = match >= 0 ? line[match] : 0.0f;
     if (match >= 0) line[match] = kLeftOut;  // its sign differs: it is done on its own, below
-    const Floats grad = splat(row_loss_grad[i]);
-    Floats sum = {}, sum_of_weights = {};
-    for (int64_t j = 0; j < kColumnTile; j += CARILLON_VECTOR) {
+    const Floats grad = broadcast(row_loss_grad[i]);
+    Floats total = {}, total_weight = {};
+    for (int64_t j = 0; j < kColumnTile; j += kWidth) {
       const Floats logit = load(line + j);
-      const Floats limit = splat(87.0f);
-      const Floats weight = grad / (splat(1.0f) + exp_of(-logit > limit ? limit : -logit));
-      const Floats kept = logit == splat(kLeftOut) ? splat(0.0f) : weight;
-      sum_of_weights += kept;
-      sum += logit == splat(kLeftOut) ? splat(0.0f) : kept * (logit - splat(tile.bias));
+      const Floats limit = broadcast(87.0f);
+      const Floats weight = grad / (1.0f + exponential(-logit > limit ? limit : -logit));
+      const Floats kept = logit == kLeftOut ? Floats{} : weight;
+      total_weight += kept;
+      total += logit == kLeftOut ? Floats{} : kept * (logit - tile.bias);
       store(line + j, kept);
     }
-    weighted += static_cast<double>(sum_of(sum));
-    bias += static_cast<double>(sum_of(sum_of_weights));
+    weighted += static_cast<double>(sum(total));
+    bias += static_cast<double>(sum(total_weight));
     if (match >= 0) {
       line[match] = -row_loss_grad[i] / (1.0f + std::exp(match_logit));
       bias += line[match];
@@ -282,59 +259,51 @@ float sigmoid_weights(const Tile& tile, float* logits, const float* row_loss_gra
   return static_cast<float>(weighted);
 }
 
-// Weights (a full tile, zeros at the edges) as the left factor of the two products that give the
-// gradients: by rows, and by columns with neighbouring rows in one word.
-void split_weights(const float* weights, uint32_t* by_row, uint32_t* by_column) {
-  for (int64_t i = 0; i < kRowTile; i += 2) {
-    const float* even = weights + i * kColumnTile;
-    const float* odd = even + kColumnTile;
-    for (int64_t j = 0; j < kColumnTile; j += CARILLON_VECTOR) {
-      const Words top = rounded_up_half(load(even + j));
-      const Words bottom = rounded_up_half(load(odd + j));
-      const Words low = splat_word(0xffff);
-      *reinterpret_cast<Words*>(by_column + (i / 2) * kColumnTile + j) =
-          ((top >> 16) & low) | bottom;
-      for (int64_t lane = 0; lane < CARILLON_VECTOR; lane += 2) {
-        const int64_t word = (j + lane) / 2;
-        by_row[i * (kColumnTile / 2) + word] =
-            (static_cast<uint32_t>(top[lane]) >> 16) | static_cast<uint32_t>(top[lane + 1]);
-        by_row[(i + 1) * (kColumnTile / 2) + word] =
-            (static_cast<uint32_t>(bottom[lane]) >> 16) | static_cast<uint32_t>(bottom[lane + 1]);
-      }
+// Weights as the left factors of the two products that give the gradients, in bfloat16: by rows,
+// and by columns with neighbouring rows in one unit. Rows past the last must be zeros.
+void split_weights(const float* weights, int64_t num_rows, float* by_row, float* by_column) {
+  auto* halves = reinterpret_cast<uint16_t*>(by_row);
+  for (int64_t i = 0; i < num_rows; i += 2) {
+    for (int64_t j = 0; j < kColumnTile; j += kWidth) {
+      const Halves even = to_halves(load(weights + i * kColumnTile + j));
+      const Halves odd = to_halves(load(weights + (i + 1) * kColumnTile + j));
+      store(halves + i * kColumnTile + j, even);
+      store(halves + (i + 1) * kColumnTile + j, odd);
+      store(by_column + (i / 2) * kColumnTile + j, pair(even, odd));
     }
   }
 }
 
 // Adds a tile's share to the gradients: of its rows, weights x columns; of its columns, the
-// transposed weights x rows. Both are kRowTile x dims and kColumnTile x dims, padded, unscaled.
-void add_gradients(const TileGradients& tile, const float* weights, bool is_bfloat16) {
-  if (!is_bfloat16) {
-    const auto* words = reinterpret_cast<const uint32_t*>(weights);
-    product<Float32Products, true>(words, kColumnTile, 1, tile.columns, kColumnTile, tile.rows_grad,
-                                   tile.padded_dims, kRowTile, tile.padded_dims);
-    product<Float32Products, true>(words, 1, kColumnTile, tile.rows, kRowTile, tile.columns_grad,
-                                   tile.padded_dims, kColumnTile, tile.padded_dims);
-    return;
+// transposed weights x rows.
+template <bool kPairs>
+void add_gradients(const Tile& tile, const TileGradients& to, const float* weights) {
+  const int64_t row_units = units_of<kPairs>(tile.num_rows);
+  const int64_t column_units = units_of<kPairs>(tile.num_columns);
+  Left by_row{weights, kColumnTile, 1}, by_column{weights, 1, kColumnTile};
+  if constexpr (kPairs) {
+    split_weights(weights, tile.num_rows, to.by_row, to.by_column);
+    by_row = {to.by_row, kColumnTile / 2, 1};
+    by_column = {to.by_column, 1, kColumnTile};
   }
-  split_weights(weights, tile.by_row, tile.by_column);
-  product<BFloat16Products, true>(tile.by_row, kColumnTile / 2, 1, tile.columns, kColumnTile / 2,
-                                  tile.rows_grad, tile.padded_dims, kRowTile, tile.padded_dims);
-  product<BFloat16Products, true>(tile.by_column, 1, kColumnTile, tile.rows, kRowTile / 2,
-                                  tile.columns_grad, tile.padded_dims, kColumnTile,
-                                  tile.padded_dims);
+  multiply<kPairs>(by_row, {const_cast<float*>(to.columns), column_units, to.width}, tile.num_rows,
+                   column_units, to.width, to.rows_grad, to.width, true);
+  multiply<kPairs>(by_column, {const_cast<float*>(to.rows), row_units, to.width}, tile.num_columns,
+                   row_units, to.width, to.columns_grad, to.width, true);
 }
 
-constexpr Loops kLoops = {
-    .panel = kPanel,
-    .pack_columns = pack_columns,
-    .pack_rows_float = pack_rows,
-    .pack_rows_bfloat16 = pack_rows,
-    .fill_float = fill_tile<Float32Products>,
-    .fill_bfloat16 = fill_tile<BFloat16Products>,
-    .reduce_tile = reduce_tile,
-    .add_plain_sums = add_plain_sums,
-    .sigmoid_row = sigmoid_row,
-    .softmax_weights = softmax_weights,
-    .sigmoid_weights = sigmoid_weights,
-    .add_gradients = add_gradients,
+template <typename Element, bool kPairs>
+constexpr Products kProducts = {
+    &units_of<kPairs>,
+    &pack_tile_rows<Element, kPairs>,
+    &pack_tile_columns<Element, kPairs>,
+    &pack_tile_steps<Element, kPairs>,
+    &fill_tile<kPairs>,
+    &add_gradients<kPairs>,
+};
+
+constexpr Loops kTable = {
+    kWidth,       kProducts<float, false>, kProducts<uint16_t, CARILLON_PAIRS>,
+    &reduce_tile, &add_plain_sums,         &sigmoid_row,
+    &softmax_weights, &sigmoid_weights,
 };

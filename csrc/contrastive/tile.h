@@ -1,14 +1,13 @@
 // What the contrastive ops' CPU loops are given: one tile of the logits, and where its sums go.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <limits>
 
 namespace carillon::contrastive {
 
 // 96 x 192 float32 are 72 KiB: with a block of rows they stay in a second-level cache. Multiples of
-// every instruction set's block (12 x 32, 6 x 16, 4 x 8).
+// the widest vector, so that only the last tile of a side is smaller.
 constexpr int64_t kRowTile = 96;
 constexpr int64_t kColumnTile = 192;
 constexpr float kLeftOut = -std::numeric_limits<float>::infinity();
@@ -16,12 +15,18 @@ constexpr float kLeftOut = -std::numeric_limits<float>::infinity();
 constexpr float kSmallestSum = 1e-30f;
 constexpr float kWidestShift = 60.0f;  // e^60 times any gradient stays far inside float32
 
+// Features of one side, row-major: float, or the bits of bfloat16 (then an even number a row).
+struct Features {
+  const void* data;
+  int64_t dims;
+};
+
 struct Tile {
-  const uint32_t* rows;     // kRowTile x depth words, row-major, readable to the end
-  const uint32_t* columns;  // panels of kColumnTile columns
-  int64_t depth;            // words: dims, or half of them for bfloat16
-  int64_t num_rows;         // at most kRowTile
-  int64_t num_columns;      // at most kColumnTile
+  const float* rows;     // packed, num_rows of them
+  const float* columns;  // packed, kColumnTile of them, zeros past num_columns
+  int64_t dims;
+  int64_t num_rows;     // at most kRowTile
+  int64_t num_columns;  // at most kColumnTile
   float scale;
   float bias;
   int64_t first_match;       // the first row's matching column, counted from the tile's first
@@ -52,32 +57,36 @@ struct Gradients {
   const float* column_sum_grad;  // likewise
 };
 
+// Both sides packed as steps of a product, and what their gradients are added to.
 struct TileGradients {
-  const uint32_t* rows;     // panels over dims, kRowTile deep
-  const uint32_t* columns;  // panels over dims, kColumnTile deep
-  float* rows_grad;         // kRowTile x padded_dims
-  float* columns_grad;      // kColumnTile x padded_dims
-  int64_t padded_dims;
-  uint32_t* by_row;         // room for the weights in bfloat16, twice
-  uint32_t* by_column;
+  const float* rows;     // kRowTile steps
+  const float* columns;  // kColumnTile steps
+  float* rows_grad;      // num_rows x width
+  float* columns_grad;   // num_columns x width
+  int64_t width;         // dims, rounded up to a vector
+  float* by_row;         // room for the weights in bfloat16, twice
+  float* by_column;
+};
+
+// What depends on the features' type.
+struct Products {
+  int64_t (*units)(int64_t values);  // floats that so many values take when packed
+  void (*pack_rows)(const Features&, int64_t first, int64_t count, float* to);
+  void (*pack_columns)(const Features&, int64_t first, int64_t count, float* to);
+  void (*pack_steps)(const Features&, int64_t first, int64_t count, int64_t width, float* to);
+  void (*fill_tile)(const Tile&, float* logits);
+  void (*add_gradients)(const Tile&, const TileGradients&, const float* weights);
 };
 
 struct Loops {
-  int64_t panel;
-  void (*pack_columns)(const uint32_t*, int64_t, int64_t, uint32_t*, int64_t);
-  void (*pack_rows_float)(const float*, int64_t, int64_t, uint32_t*, int64_t, int64_t);
-  void (*pack_rows_bfloat16)(const uint16_t*, int64_t, int64_t, uint32_t*, int64_t, int64_t);
-  void (*fill_float)(const Tile&, float*);
-  void (*fill_bfloat16)(const Tile&, float*);
+  int64_t width;  // floats of a vector
+  Products of_float;
+  Products of_bfloat16;
   void (*reduce_tile)(const Tile&, const float*, const Sums&, const Sums&);
   void (*add_plain_sums)(const Tile&, const float*, float*, float*);
   float (*sigmoid_row)(const Tile&, float*, int64_t);
   float (*softmax_weights)(const Tile&, float*, const Gradients&);
   float (*sigmoid_weights)(const Tile&, float*, const float*, double&);
-  void (*add_gradients)(const TileGradients&, const float*, bool);
 };
-
-// The widest that this processor has; `name` (as the namespaces of cpu_targets.h) asks for one.
-const Loops& loops();
 
 }  // namespace carillon::contrastive

@@ -4,8 +4,10 @@
 #include "check.h"
 #include "problem.h"
 
+#include "cpu_dispatch.h"
+#include "instruction_set.h"
+
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -14,68 +16,16 @@
 #include <cmath>
 #include <cstring>
 
-#define CARILLON_INLINE inline __attribute__((always_inline))
-#define CARILLON_NOINLINE __attribute__((noinline))
-
-// Any processor: 16-byte vectors are part of x86-64 and of 64-bit ARM.
-#define CARILLON_SET portable
-#define CARILLON_WIDTH 4
-#define CARILLON_PAIRS false
-#include "instruction_set.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CARILLON_X86_SETS
+#if defined(__x86_64__)
 #include <immintrin.h>
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define CARILLON_SET avx2
-#define CARILLON_WIDTH 8
-#define CARILLON_PAIRS false
-#include "instruction_set.h"
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
-#define CARILLON_SET avx512
-#define CARILLON_WIDTH 16
-#define CARILLON_PAIRS false
-#include "instruction_set.h"
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-#define CARILLON_SET avx512_bf16
-#define CARILLON_WIDTH 16
-#define CARILLON_PAIRS true
-#include "instruction_set.h"
-#pragma GCC pop_options
 #endif
 
 namespace carillon::packed_attention {
+
+#define CARILLON_LOOPS "packed_attention/kernels.h"
+#include "cpu_targets.h"
+
 namespace {
-
-// What the processor has, up to what torch itself uses (ATEN_CPU_CAPABILITY limits both).
-const Kernels& best_kernels() {
-#ifdef CARILLON_X86_SETS
-  const std::string allowed = at::get_cpu_capability();
-  const bool wide = allowed == "AVX512" && __builtin_cpu_supports("avx512f") &&
-                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                    __builtin_cpu_supports("avx512vl");
-  if (wide && __builtin_cpu_supports("avx512bf16")) return avx512_bf16::kKernels;
-  if (wide) return avx512::kKernels;
-  if ((allowed == "AVX512" || allowed == "AVX2") && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma")) {
-    return avx2::kKernels;
-  }
-#endif
-  return portable::kKernels;
-}
-
-const Kernels& kernels() {
-  static const Kernels& chosen = best_kernels();
-  return chosen;
-}
 
 at::Tensor with_dense_rows(const at::Tensor& tensor) {
   return tensor.stride(2) == 1 ? tensor : tensor.contiguous();
@@ -162,7 +112,7 @@ std::tuple<at::Tensor, at::Tensor> packed_attention(
   Problem problem = problem_of(q, k, v, lengths, causal, scale);
   problem.out = rows_of(out);
   problem.lse = lse.mutable_data_ptr<float>();
-  const Kernels& best = kernels();
+  const Kernels& best = best_table();
   const auto num_sequences = std::ssize(lengths.starts_q) - 1;
   run(q.scalar_type() == at::kFloat ? best.forward_float : best.forward_bfloat16, problem,
       tasks_of(problem, num_sequences, kForwardSpan),
@@ -200,7 +150,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_attention_backward(
   problem.grad_q = rows_of(grad_q);
   problem.grad_k = rows_of(grad_k);
   problem.grad_v = rows_of(grad_v);
-  const Kernels& best = kernels();
+  const Kernels& best = best_table();
   const auto num_sequences = std::ssize(lengths.starts_q) - 1;
   run(q.scalar_type() == at::kFloat ? best.backward_float : best.backward_bfloat16, problem,
       tasks_of(problem, num_sequences, 0),

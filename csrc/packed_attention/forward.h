@@ -12,9 +12,11 @@ struct Running {
   float* out;
 };
 
-template <bool kPairs>
-constexpr int64_t units_of(int64_t values) {
-  return kPairs ? (values + 1) / 2 : values;
+template <typename Element>
+CARILLON_INLINE Head<Element> head_of(const Rows& rows, int64_t token, int64_t head) {
+  return {static_cast<const Element*>(rows.data) + token * rows.token_stride +
+              head * rows.head_stride,
+          rows.token_stride, rows.head_stride};
 }
 
 // Turns a row of scores into weights e^(scale * s - maximum), zeros from `visible` on up to

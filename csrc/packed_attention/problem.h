@@ -1,6 +1,8 @@
 // What packed_attention's CPU kernels are given: pointers, strides and lengths, free of torch.
 #pragma once
 
+#include "round_up.h"
+
 #include <algorithm>
 #include <cstdint>
 
@@ -56,10 +58,6 @@ inline constexpr int64_t kForwardKeyBlock = 640;
 inline constexpr int64_t kBackwardKeyBlock = 256;
 // Queries of a forward task: enough that packing the keys again for the next task costs little.
 inline constexpr int64_t kForwardSpan = 768;
-
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // Equal blocks of at most `most`, a multiple of 16 (the widest vector): no thin last block.
 inline int64_t key_block(int64_t num_keys, int64_t most) {

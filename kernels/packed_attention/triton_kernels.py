@@ -4,6 +4,7 @@ Every mask lets a query see a prefix of its sequence's keys (`_visible`), which 
 one query to the next: so a block of queries first meets keys that all of them see, without a mask,
 then a few blocks with one. Softmax is in base 2. Tokens past a sequence's end are read as zeros and
 not written. Products take the inputs' dtype, sums are float32.
+Status: compiled for sm_90 and run in Triton's interpreter; not run on a GPU yet.
 """
 
 import triton

@@ -1,10 +1,14 @@
 """Three things that Triton 3.6's interpreter gets wrong are put right here, each to go with a
 Triton that does it itself. (tests/conftest.py chooses the interpreter.)"""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+
+from carillon.kernels.table import load_native
 
 try:
     import triton.language as tl
@@ -60,3 +64,16 @@ if interpreter is not None:
     _let_loops_run_to_computed_bounds()
     _round_to_bfloat16()
     _multiply_bfloat16()
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the CPU provider by each instruction set that the processor has, as others would."""
+    load_native()
+    limit = torch.ops.carillon.limit_instruction_set
+    try:
+        if limit(request.param) != request.param:
+            pytest.skip(f"this processor has no {request.param}")
+        yield request.param
+    finally:
+        limit("avx512_bf16")

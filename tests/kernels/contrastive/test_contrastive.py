@@ -149,6 +149,25 @@ def test_sigmoid_matches_definition(provider: str, case: Case, dtype: torch.dtyp
     assert_close("contrastive_sigmoid", got, wanted, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES[3:6], ids=str)
+def test_every_instruction_set_matches_definition(
+    instruction_set: str, case: Case, dtype: torch.dtype
+) -> None:
+    given = inputs_of(case, dtype)
+    for op, run in (("contrastive", softmax), ("contrastive_sigmoid", sigmoid)):
+        reference = resolve(op, "cpu", "reference")
+        wanted = run(reference, case, given, torch.float64, torch.float64)
+        got = run(resolve(op, "cpu", "native"), case, given, dtype, torch.float32)
+        assert_close(op, got, wanted, dtype)
+
+
+def test_an_unknown_instruction_set_is_named() -> None:
+    load_native()
+    with pytest.raises(ValueError, match="avx512_bf16 is allowed, got avx1024"):
+        torch.ops.carillon.limit_instruction_set("avx1024")
+
+
 def test_reference_is_the_clip_loss() -> None:
     """Guards the definition itself: cross-entropy in both directions, label smoothing included."""
     given = inputs_of(Case(9, 9, 16), torch.float32)

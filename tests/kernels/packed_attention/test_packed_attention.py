@@ -1,9 +1,5 @@
 """packed_attention and its gradients: each CPU provider against the definition in float64."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,31 +186,15 @@ def test_repeated_and_on_two_threads_the_same_bits(new_batch: Any, dtype: torch.
         assert torch.equal(a, c)
 
 
-_IN_ANOTHER_PROCESS = """
-import sys, torch
-from carillon.kernels.table import resolve
-inputs, rest, grads, path = torch.load(sys.argv[1])
-inputs = [x.requires_grad_() for x in inputs]
-results = resolve("packed_attention", "cpu", "native")(*inputs, *rest)
-gradients = torch.autograd.grad(results, inputs, grads)
-torch.save([x.detach() for x in (*results, *gradients)], path)
-"""
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_narrower_instruction_sets(
-    new_batch: Any, tmp_path: Path, capability: str, dtype: torch.dtype
-) -> None:
-    """What other processors run; torch's own variable chooses it when a process starts."""
+def test_every_instruction_set(new_batch: Any, instruction_set: str, dtype: torch.dtype) -> None:
+    """What other processors run."""
     batch = new_batch((7, 100, 1), (300, 20, 9), heads=(4, 2), head_dim=40, dtype=dtype,
                       causal=True, prefixes=(20, 0, 9))  # fmt: skip
-    given = ([batch.q, batch.k, batch.v], batch.arguments(), [batch.grad_out, batch.grad_lse])
-    torch.save((*given, str(tmp_path / "results")), tmp_path / "given")
-    command = [sys.executable, "-c", _IN_ANOTHER_PROCESS, str(tmp_path / "given")]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    subprocess.run(command, check=True, env=environment)
-    assert_right(batch, tuple(torch.load(tmp_path / "results")))
+    inputs = [x.requires_grad_() for x in (batch.q, batch.k, batch.v)]
+    results = resolve("packed_attention", "cpu", "native")(*inputs, *batch.arguments())
+    gradients = torch.autograd.grad(results, inputs, [batch.grad_out, batch.grad_lse])
+    assert_right(batch, tuple(x.detach() for x in (*results, *gradients)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

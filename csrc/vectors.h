@@ -1,6 +1,6 @@
-// Vectors of floats and what attention does with them. Included once per instruction set by
-// instruction_set.h, which sets CARILLON_WIDTH (floats a vector) and CARILLON_PAIRS (whether there
-// are products of bfloat16 pairs); so there is no #pragma once.
+// Vectors of floats. Included once per instruction set by cpu_targets.h, which sets CARILLON_WIDTH
+// (floats a vector) and CARILLON_PAIRS (whether there are products of bfloat16 pairs); so there is
+// no #pragma once.
 
 constexpr int64_t kWidth = CARILLON_WIDTH;
 // Columns of a product that are computed together, in vectors: accumulators fill the registers.
@@ -119,8 +119,8 @@ CARILLON_INLINE float largest(Floats v) {
   return values[0];
 }
 
-// e^x for x of at most about 0 (a score less its maximum), within 2 units in the last place; 0
-// below e^-87, where float32 would become denormal; NaN of NaN. x = n ln 2 + r, |r| <= ln 2 / 2,
+// e^x for x of at most 88, within 2 units in the last place; 0 below e^-87, where float32 would
+// become denormal; NaN of NaN. x = n ln 2 + r, |r| <= ln 2 / 2,
 // a polynomial in r (Cephes expf), and n added to the exponent.
 CARILLON_INLINE Floats exponential(Floats x) {
   const Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds, n in the low bits

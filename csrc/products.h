@@ -47,19 +47,19 @@ CARILLON_NOINLINE void tile(const float* a, int64_t a_row, int64_t a_step, const
   }
 }
 
-typedef void (*Tile)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*,
+typedef void (*BlockProduct)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*,
                      int64_t, bool);
 
 template <bool kPairs, int kVectors>
-CARILLON_INLINE Tile tile_of_rows(int64_t rows) {
-  constexpr Tile tiles[kTileRows] = {
+CARILLON_INLINE BlockProduct tile_of_rows(int64_t rows) {
+  constexpr BlockProduct tiles[kTileRows] = {
       tile<kPairs, 1, kVectors>, tile<kPairs, 2, kVectors>, tile<kPairs, 3, kVectors>,
       tile<kPairs, 4, kVectors>, tile<kPairs, 5, kVectors>, tile<kPairs, 6, kVectors>};
   return tiles[rows - 1];
 }
 
 template <bool kPairs>
-CARILLON_INLINE Tile tile_of(int64_t rows, int64_t vectors) {
+CARILLON_INLINE BlockProduct tile_of(int64_t rows, int64_t vectors) {
   if constexpr (kTileVectors == 4) {
     if (vectors == 4) return tile_of_rows<kPairs, 4>(rows);
     if (vectors == 3) return tile_of_rows<kPairs, 3>(rows);

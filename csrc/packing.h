@@ -1,13 +1,14 @@
-// Copies of a head's rows in the layouts that products.h reads. Included once per instruction set.
+// Copies of rows in the layouts that products.h reads. Included once per instruction set.
 //
 // Element is the tensors' type (float, or uint16_t for bfloat16's bits). Without kPairs a bfloat16
 // becomes a float here, so that processors without its products run the float32 kernels.
 //
-// A head's rows lie a token apart, which no hardware prefetcher follows, and waiting for them took
-// two thirds of a short sequence's forward pass: so each copy asks for the same rows of the next
-// head, which the next task reads.
+// An attention head's rows lie a token apart, which no hardware prefetcher follows, and waiting for
+// them took two thirds of a short sequence's forward pass: so each copy asks for the same rows of
+// the next head, which the next task reads.
 
-// A head's rows from one token on. `next_head` may lead past the end: asking for it is harmless.
+// Rows from one on, such as a head's from one token on, `stride` elements apart. `next_head` is how
+// much further what is read next lies; it may lead past the end: asking for it is harmless.
 template <typename Element>
 struct Head {
   const Element* rows;
@@ -19,11 +20,10 @@ struct Head {
   }
 };
 
-template <typename Element>
-CARILLON_INLINE Head<Element> head_of(const Rows& rows, int64_t token, int64_t head) {
-  return {static_cast<const Element*>(rows.data) + token * rows.token_stride +
-              head * rows.head_stride,
-          rows.token_stride, rows.head_stride};
+// Units of so many values of a row.
+template <bool kPairs>
+constexpr int64_t units_of(int64_t values) {
+  return kPairs ? (values + 1) / 2 : values;
 }
 
 // Units [first, first + kWidth) of a row, zeros past its end.
