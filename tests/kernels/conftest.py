@@ -1,7 +1,9 @@
 """Three things that Triton 3.6's interpreter gets wrong are put right here, each to go with a
 Triton that does it itself. (tests/conftest.py chooses the interpreter.)"""
 
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,3 +79,23 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
     finally:
         limit("avx512_bf16")
+
+
+@pytest.fixture
+def run_native_test(tmp_path: Path) -> Callable[[Path], None]:
+    """Compiles a test in C++ that includes headers of csrc/, with sanitizers, and runs it."""
+
+    def run(source: Path) -> None:
+        root = Path(__file__).resolve().parents[2]
+        program = tmp_path / source.stem
+        compile_command = [
+            *("c++", "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror"),
+            *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+            *(f"-I{root / 'csrc'}", f"-I{root / 'tests' / 'kernels'}"),
+            *(str(source), "-o", str(program)),
+        ]
+        for command in (compile_command, [str(program)]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
