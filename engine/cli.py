@@ -174,6 +174,17 @@ def _add(
     )
     module.add_arguments(child)
     child.set_defaults(main=module.main)
+    _add_action_examples(child, module.EXAMPLES)
+
+
+def _add_action_examples(parser: argparse.ArgumentParser, examples: str) -> None:
+    """Gives each action of a command (`runs show`) the examples that name it."""
+    for group in parser._actions:
+        if isinstance(group, argparse._SubParsersAction):
+            for name, action in group.choices.items():
+                named = [line for line in examples.splitlines() if f"{parser.prog} {name} " in line]
+                action.epilog = "\n".join(["examples:", *named])
+                action.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 if __name__ == "__main__":

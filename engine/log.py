@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from carillon.engine.config import section, setting
+from carillon.engine.config import UserError, section, setting
 
 logger = logging.getLogger("carillon")
 
@@ -164,10 +164,20 @@ class MlflowSink:
     def __init__(self, config: MlflowConfig, run_path: Path) -> None:
         import mlflow
 
-        if config.tracking_uri is not None:
-            mlflow.set_tracking_uri(config.tracking_uri)
-        mlflow.set_experiment(config.experiment)
-        self._run = mlflow.start_run(run_name=run_path.name)
+        begun = run_path / "mlflow_run_id"  # a resumed run goes on in the one that it began
+        run_id = begun.read_text().strip() if begun.exists() else None
+        try:
+            if config.tracking_uri is not None:
+                mlflow.set_tracking_uri(config.tracking_uri)
+            mlflow.set_experiment(config.experiment)
+            run = mlflow.start_run(run_id=run_id, run_name=None if run_id else run_path.name)
+        except mlflow.exceptions.MlflowException as error:
+            forget = f", or remove {begun} to begin another run there" if run_id else ""
+            raise UserError(
+                f"logging.mlflow: {error}. Correct tracking_uri or experiment, set "
+                f"logging.mlflow.experiment=null{forget}"
+            ) from None
+        begun.write_text(run.info.run_id + "\n")
         self._mlflow = mlflow
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -181,14 +191,14 @@ def open_sinks(
     config: LoggingConfig, run_path: Path, from_step: int, params: Mapping[str, Any]
 ) -> list[Sink]:
     """The sinks that the config asks for; metrics.jsonl always."""
-    sinks: list[Sink] = [JsonlSink(run_path / "metrics.jsonl", from_step)]
-    if config.tensorboard:
-        sinks.append(TensorBoardSink(run_path / "tensorboard", from_step))
+    sinks: list[Sink] = []
+    if config.mlflow.experiment is not None:  # services first: they may refuse
+        sinks.append(MlflowSink(config.mlflow, run_path))
     if config.wandb.project is not None:
         sinks.append(WandbSink(config.wandb, run_path, params))
-    if config.mlflow.experiment is not None:
-        sinks.append(MlflowSink(config.mlflow, run_path))
-    return sinks
+    if config.tensorboard:
+        sinks.append(TensorBoardSink(run_path / "tensorboard", from_step))
+    return [JsonlSink(run_path / "metrics.jsonl", from_step), *sinks]
 
 
 class Progress:

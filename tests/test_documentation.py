@@ -80,7 +80,13 @@ def test_commands_are_found_and_broken_ones_noticed() -> None:
     assert problem(("torchrun", "recipes/train.py", "--config", "recipes/X.yaml")) == ""
 
 
-ASKED_FOR_HELP = [*(command.words for command in cli.COMMANDS), *((noun,) for noun in cli.NOUNS)]
+ACTIONS = [("tokenizer", "train"), ("tokenizer", "show")]
+ACTIONS += [("runs", action) for action in ("list", "show", "lineage")]
+ASKED_FOR_HELP = [
+    *(command.words for command in cli.COMMANDS),
+    *((noun,) for noun in cli.NOUNS),
+    *ACTIONS,
+]
 
 
 @pytest.mark.parametrize("words", ASKED_FOR_HELP, ids=" ".join)

@@ -80,7 +80,8 @@ def read_source(
     if path.is_dir():
         return _read_folder(path, columns.default_language, allow_outside)
     if not path.is_file():
-        raise UserError(f"{given} does not exist. Give a folder, csv, tsv, jsonl or parquet.")
+        hint = " Patterns are the shell's: give the files without quotes." if "*" in given else ""
+        raise UserError(f"{given} does not exist. Give a folder, csv, tsv, jsonl or parquet.{hint}")
     reader = TABLE_READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(

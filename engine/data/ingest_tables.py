@@ -8,11 +8,12 @@ values are text, numbers or truth values; so an extra column of timestamps or ve
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from carillon.engine.config import UserError
 
@@ -26,13 +27,23 @@ RowReader = Callable[[Path], tuple[Sequence[str], ReadRows]]
 _MAX_FIELD_BYTES = 16 << 20
 
 
+def _open_text(path: Path) -> TextIO:
+    """Bytes that are not UTF-8 become surrogates, which cost their row, not the file."""
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(
+                f"{path} is UTF-16, and UTF-8 is read: convert it, as in "
+                f"'iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}'"
+            )
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
 def _csv_rows(path: Path) -> tuple[Sequence[str], ReadRows]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     csv.field_size_limit(_MAX_FIELD_BYTES)  # the default refuses whole files for one long field
 
     def rows() -> Iterator[list[str]]:
-        # Bytes that are not UTF-8 become surrogates, which cost their row, not the file.
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with _open_text(path) as file:
             reader = csv.reader(file, delimiter=delimiter)
             try:
                 yield from reader
@@ -65,7 +76,7 @@ def _jsonl_rows(path: Path) -> tuple[Sequence[str], ReadRows]:
 
 
 def _json_lines(path: Path) -> Iterator[Row | str]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+    with _open_text(path) as file:
         for line in file:
             if not line.strip():
                 continue

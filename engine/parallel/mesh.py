@@ -58,6 +58,11 @@ class DistributedConfig:
                     f"{axis}: {getattr(self, axis)} given; this axis comes with the parallel "
                     f"layouts (after data parallel and FSDP). Set distributed.{axis}=1"
                 )
+        if self.zero_stage == 0 and (self.dp_shard or 1) > 1:
+            yield (
+                f"dp_shard: {self.dp_shard} given, but zero_stage=0 shards nothing; set "
+                "distributed.zero_stage=1, 2 or 3, or drop dp_shard"
+            )
         if self.backend == "nccl" and not torch.cuda.is_available():
             yield "backend: nccl needs a CUDA device and there is none; use auto or gloo"
         if self.device == "cuda" and not torch.cuda.is_available():

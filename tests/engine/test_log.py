@@ -111,6 +111,41 @@ def test_wandb_gets_the_run_under_its_own_name(
     assert calls[1:] == [(4, {"loss": 2.0}), "end"]
 
 
+def test_mlflow_goes_on_in_the_run_that_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a stand-in with the calls of mlflow 2 and 3 that are used."""
+    runs: dict[str, list[Any]] = {}
+
+    def start_run(run_id: str | None, run_name: str | None) -> SimpleNamespace:
+        assert (run_id is None) == (run_name == tmp_path.name)
+        if run_id is None:
+            runs[run_id := f"id{len(runs)}"] = []
+        elif run_id not in runs:
+            raise LookupError(f"Run with id={run_id} not found")
+        mlflow.current = runs[run_id]
+        return SimpleNamespace(info=SimpleNamespace(run_id=run_id))
+
+    mlflow = SimpleNamespace(
+        set_experiment=lambda name: None,
+        start_run=start_run,
+        log_metrics=lambda values, step: mlflow.current.append((step, values)),
+        end_run=lambda: None,
+        exceptions=SimpleNamespace(MlflowException=LookupError),
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)  # type: ignore[arg-type]
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: object())
+    config = build(LoggingConfig, {"mlflow": {"experiment": "e"}, "tensorboard": False})
+    for step in (1, 2):
+        for sink in open_sinks(config, tmp_path, step - 1, {}):
+            sink.write(step, {"loss": 2.0})
+            sink.close()
+    assert runs == {"id0": [(1, {"loss": 2.0}), (2, {"loss": 2.0})]}
+    runs.clear()
+    with pytest.raises(UserError, match=r"id=id0 not found.* remove .*mlflow_run_id"):
+        open_sinks(config, tmp_path, 2, {})
+
+
 def test_messages_of_other_ranks_are_warnings_with_their_rank(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

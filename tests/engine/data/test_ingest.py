@@ -362,6 +362,8 @@ def test_tables_that_cannot_be_used(
     [
         ("p.txt", b"", r"\.txt is none of \.csv, \.tsv, \.jsonl"),
         ("p.parquet", b"PAR1 no", "no parquet file"),
+        ("p.csv", "image,text\n".encode("utf-16"), r"is UTF-16, and UTF-8 is read.*iconv"),
+        ("p.jsonl", '{"image": 1}'.encode("utf-16"), r"is UTF-16, and UTF-8 is read.*iconv"),
         ("empty/x.md", b"", "holds no picture"),
     ],
 )

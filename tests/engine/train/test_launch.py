@@ -68,7 +68,9 @@ def test_a_batch_that_the_processes_do_not_divide(setup: Setup) -> None:
     check_layout(config, 4)
     with pytest.raises(UserError, match=r"batch_size: 8 pairs do not divide over 3 .* use 1, 2, 4"):
         check_layout(config, 3)
-    odd = load_config(setup.config, ["distributed.dp_shard=2"])
+    with pytest.raises(UserError, match=r"dp_shard: 2 given, but zero_stage=0 shards nothing"):
+        load_config(setup.config, ["distributed.dp_shard=2"])
+    odd = load_config(setup.config, ["distributed.dp_shard=2", "distributed.zero_stage=3"])
     with pytest.raises(UserError, match=r"does not make 3 data-parallel processes"):
         check_layout(odd, 3)
 
