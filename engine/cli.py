@@ -44,6 +44,7 @@ COMMANDS = (
     ),
     Command(("config", "settings"), "carillon.engine.train.settings_page", "list every setting"),
     Command(("eval", "run"), "carillon.engine.eval.suite", "score a run's checkpoint, by language"),
+    Command(("env",), "carillon.engine.environment", "report this machine and environment"),
     Command(
         ("runs",),
         "carillon.engine.registry.command",

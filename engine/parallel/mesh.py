@@ -50,6 +50,13 @@ class DistributedConfig:
     precision: Literal["fp32", "bf16"] = setting("bf16", "Arithmetic of the towers' products.")
     compile: bool = setting(False, "Compile the towers' blocks with torch.compile.")
     timeout_s: int = setting(1800, "A collective that takes longer fails.", min=10, hashed=False)
+    watchdog_s: int = setting(
+        30,
+        "A process that is stopped or silent for this long ends the run; 0: nothing is watched.",
+        min=0,
+        max=3600,
+        hashed=False,
+    )
 
     def check(self) -> Iterator[str]:
         for axis in ("pp", "cp", "tp"):

@@ -25,6 +25,7 @@ from carillon.engine.log import Sink, configure_logging, logger, open_sinks
 from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.mesh import World, degrees_of, start_world
+from carillon.engine.parallel.watchdog import Watchdog
 from carillon.engine.registry.recorder import RunRecorder
 from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints
 from carillon.engine.train.guard import TrainingStopped
@@ -51,8 +52,10 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
     check_layout(config, world_size)
     # A worker group that torchrun restarts goes on; only its first start is fresh.
     fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    with StopRequest().listening() as stop:
-        return _train(config, start_world(config.distributed), fresh, stop)
+    with Watchdog(config.distributed.watchdog_s) as watchdog, StopRequest().listening() as stop:
+        world = start_world(config.distributed)
+        watchdog.join()
+        return _train(config, world, fresh, stop)
 
 
 def _train(config: RunConfig, world: World, fresh: bool, stop: StopRequest) -> int:

@@ -223,12 +223,12 @@ def describe_run(config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) -> d
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "git_commit": git_commit(),
         "python": platform.python_version(),
-        "packages": {name: package_version(name) for name in _PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-_PACKAGES = ("carillon-engine", "torch", "numpy", "pillow", "tokenizers", "safetensors")
+PACKAGES = ("carillon-engine", "torch", "numpy", "pillow", "tokenizers", "safetensors")
 
 
 def package_version(name: str) -> str:

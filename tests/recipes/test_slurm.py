@@ -1,0 +1,136 @@
+"""recipes/slurm/train.sbatch, by stand-ins of sbatch, srun and scontrol on this machine."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from carillon.engine.train.run import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "recipes" / "slurm" / "train.sbatch"
+RECIPE = ROOT / "recipes" / "emoji_quickstart.yaml"
+FAKES = Path(__file__).with_name("fake_slurm")
+SCRIPTS = [
+    SCRIPT,
+    FAKES / "scontrol",
+    *sorted(ROOT.glob("benchmarks/**/*.sh")),
+    ROOT / ".ci" / "run",
+]
+TINY_SET = runpy.run_path(str(Path(__file__).with_name("tiny_set.py")))
+
+
+class Cluster:
+    """Two nodes with one process each, and the folder of a job."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder, self.state = folder, folder / "state"
+        self.state.mkdir(parents=True)
+        self.given = (*TINY_SET["SMALL"], f"data.path={data}", "evaluation.in_training.every=0")
+
+    def submit(self, *arguments: str) -> "subprocess.Popen[str]":
+        path = f"{FAKES}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        command = ["sbatch", "--nodes=2", "--ntasks-per-node=1", str(SCRIPT), *arguments]
+        environment = os.environ | {"PATH": path, "FAKE_SLURM": str(self.state)}
+        return subprocess.Popen(command, cwd=self.folder, env=environment, text=True)
+
+    def train(self, *overrides: str) -> "subprocess.Popen[str]":
+        return self.submit(str(RECIPE), *self.given, *overrides)
+
+    def signal(self, number: int, tasks: slice = slice(None)) -> None:
+        for pid in (self.state / "pids").read_text().split()[tasks]:
+            os.kill(int(pid), number)
+
+    def wait_for_steps(self, num: int) -> None:
+        began = time.monotonic()
+        while len(self.steps()) < num:
+            assert time.monotonic() - began < 90, self.log()
+            time.sleep(0.05)
+
+    def steps(self) -> list[int]:
+        files = list(self.folder.glob("runs/*/metrics.jsonl"))
+        lines = files[0].read_text().splitlines() if files else []
+        return [step for step in map(_step, lines) if step is not None]
+
+    def log(self) -> str:
+        return (self.folder / "carillon-4242.log").read_text()
+
+    def codes(self) -> list[int]:
+        return [int(line) for line in (self.state / "codes").read_text().splitlines()]
+
+
+def _step(line: str) -> int | None:
+    try:
+        values: dict[str, Any] = json.loads(line)
+    except ValueError:  # it is being written
+        return None
+    return int(values["step"]) if "loss" in values else None
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = load_config(RECIPE, ["data.path=any"])
+    written: Path = TINY_SET["write_set"](tmp_path_factory.mktemp("set") / "tiny", config)
+    return written
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, data: Path) -> Cluster:
+    return Cluster(tmp_path / "job", data)
+
+
+def test_a_job_is_signalled_requeued_and_finishes(cluster: Cluster) -> None:
+    """--fresh holds for its first start only."""
+    rare = "logging.checkpoint_interval_steps=1000"
+    job = cluster.train("optimization.steps=200", rare, "--fresh")
+    cluster.wait_for_steps(3)
+    cluster.signal(signal.SIGUSR1)
+    assert job.wait(180) == 0, cluster.log()
+    assert cluster.codes() == [75, 0]
+    assert cluster.steps() == list(range(1, 201))
+    log = cluster.log()
+    assert "start 1: 2 processes on 2 nodes, node[1-2]" in log
+    assert "start 2: 2 processes on 2 nodes, node[1-2]" in log
+    assert log.count("environment of ") == 4  # one a node and start
+
+
+def test_a_stopped_process_ends_the_job(cluster: Cluster) -> None:
+    """With the stacks of both; and what is wrong does not go back into the queue."""
+    rare = "logging.checkpoint_interval_steps=1000000"
+    job = cluster.train("optimization.steps=100000", rare, "distributed.watchdog_s=3")
+    cluster.wait_for_steps(3)
+    began = time.monotonic()
+    cluster.signal(signal.SIGSTOP, slice(1, 2))
+    assert job.wait(120) == 128 + signal.SIGKILL
+    assert time.monotonic() - began < 60
+    assert cluster.codes() == [128 + signal.SIGKILL]
+    log = cluster.log()
+    for rank in (0, 1):
+        _, found, stacks = log.partition(f"carillon: [rank {rank}] rank 1 (process ")
+        assert found, log
+        assert "in fit" in stacks.split("carillon: ")[0], log
+
+
+def test_a_config_that_cannot_be_used_ends_the_job(cluster: Cluster) -> None:
+    assert cluster.train("optimization.stepz=3").wait(120) == 2
+    assert cluster.codes() == [2]
+    assert cluster.log().count("optimization.stepz") == 1
+
+
+def test_no_config_is_told_before_anything_starts(cluster: Cluster) -> None:
+    assert cluster.submit().wait(60) == 2
+    assert cluster.log().startswith("usage: sbatch")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shell_scripts_are_clean(script: Path) -> None:
+    command = [Path(sys.executable).with_name("shellcheck"), script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
