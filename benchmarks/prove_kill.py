@@ -36,7 +36,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from carillon.engine.data.shards import ShardWriter
 from carillon.engine.strict_yaml import dump_yaml
-from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints, read_tensors
+from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints
+from carillon.engine.train.checkpoint_reader import read_tensors
 from carillon.engine.train.run import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -44,6 +44,11 @@ COMMANDS = (
     ),
     Command(("config", "settings"), "carillon.engine.train.settings_page", "list every setting"),
     Command(("eval", "run"), "carillon.engine.eval.suite", "score a run's checkpoint, by language"),
+    Command(
+        ("checkpoint",),
+        "carillon.engine.train.checkpoint_command",
+        "look into, verify or convert a checkpoint",
+    ),
     Command(("env",), "carillon.engine.environment", "report this machine and environment"),
     Command(
         ("runs",),

@@ -81,6 +81,7 @@ def test_commands_are_found_and_broken_ones_noticed() -> None:
 
 
 ACTIONS = [("tokenizer", "train"), ("tokenizer", "show")]
+ACTIONS += [("checkpoint", action) for action in ("inspect", "verify", "convert")]
 ACTIONS += [("runs", action) for action in ("list", "show", "lineage")]
 ASKED_FOR_HELP = [
     *(command.words for command in cli.COMMANDS),

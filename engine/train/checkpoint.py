@@ -2,19 +2,17 @@
 
 A save stages tensors on the CPU, writes and syncs them in the background under a temporary name,
 adds `state.json` and a manifest of SHA-256, and renames the folder: what bears a final name is
-complete. Reading verifies the manifest before anything is opened, and reads DCP's own metadata, a
-pickle, by an unpickler that knows its few classes and nothing else. Only tensors go through DCP;
-everything else is JSON. At most one save is in flight, so host memory stays bounded by one copy.
+complete. Reading (checkpoint_reader.py) verifies the manifest before anything is opened. Only
+tensors go through DCP; everything else is JSON. At most one save is in flight, so host memory stays
+bounded by one copy.
 Status: staging from CUDA tensors has not run on a GPU yet.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import pickle
 import re
 import shutil
 import threading
@@ -22,16 +20,13 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from carillon.engine.access import explained
@@ -60,10 +55,10 @@ class Checkpoint:
     def verify(self) -> None:
         """Raises UserError naming the first file that is missing or not what was written."""
         files = _read_json(self.path, MANIFEST).get("files")
-        if not isinstance(files, dict) or not {STATE, ".metadata"} <= files.keys():
+        if not isinstance(files, dict) or STATE not in files or len(files) < 2:
             raise UserError(_damaged(self.path, MANIFEST, "not a manifest of a checkpoint"))
         for name, entry in files.items():
-            if not _is_entry(entry):
+            if not _is_entry(entry) or not _is_inside(name):
                 raise UserError(_damaged(self.path, MANIFEST, f"not what was written, at {name}"))
             file = self.path / name
             if not file.is_file() or file.stat().st_size != entry["size_bytes"]:
@@ -74,8 +69,13 @@ class Checkpoint:
                 )
 
 
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def _is_entry(entry: object) -> bool:
-    """Whether it is what `_seal` writes of a file."""
+    """Whether it is what `seal` writes of a file."""
     if not isinstance(entry, dict) or entry.keys() != {"size_bytes", "sha256"}:
         return False
     size_bytes, digest = entry["size_bytes"], entry["sha256"]
@@ -116,7 +116,7 @@ class CheckpointStore:
         self.folder, self.keep_last, self._is_main = folder, keep_last, is_main
         # Its own group: background collectives must not interleave with the training's.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        _expect_one_process()
+        expect_one_process()
         self._pending: threading.Thread | None = None
         self._error: BaseException | None = None
         self._kept: set[int] = set()
@@ -170,7 +170,7 @@ class CheckpointStore:
             outcome: list[BaseException | None] = [None]
             if self._is_main:
                 try:
-                    _seal(temporary, state)
+                    seal(temporary, state)
                     self._remove_old()
                 except OSError as error:
                     outcome = [error]
@@ -179,7 +179,7 @@ class CheckpointStore:
             if outcome[0] is not None:
                 raise outcome[0]
         except BaseException as error:  # handed to the training thread by wait()
-            self._error = _root_cause(error)
+            self._error = root_cause(error)
             if self._is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
 
@@ -203,12 +203,12 @@ def _clear_leftovers(folder: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def _expect_one_process() -> None:
+def expect_one_process() -> None:
     """One process is what `carillon train` and every reader are; DCP warns of it each time."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
-def _root_cause(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     failures = getattr(error, "failures", None)  # DCP's CheckpointException: rank -> (error, trace)
     cause: BaseException = next(iter(failures.values()))[0] if failures else error
     if isinstance(cause, RuntimeError) and "inline_container" in str(cause):
@@ -218,12 +218,16 @@ def _root_cause(error: BaseException) -> BaseException:
     return cause
 
 
-def _seal(temporary: Path, state: dict[str, Any]) -> None:
-    """Add state and manifest, sync everything, give the folder its final name."""
+def seal(temporary: Path, state: dict[str, Any]) -> None:
+    """Add state and manifest, sync everything, and take the `.tmp` from the folder's name."""
     write_durably(temporary / STATE, json.dumps(state, indent=2).encode())
     files = {
-        file.name: {"sha256": _sha256(file), "size_bytes": file.stat().st_size}
-        for file in sorted(temporary.iterdir())
+        file.relative_to(temporary).as_posix(): {
+            "sha256": _sha256(file),
+            "size_bytes": file.stat().st_size,
+        }
+        for file in sorted(temporary.rglob("*"))
+        if file.is_file()
     }
     write_durably(temporary / MANIFEST, json.dumps({"files": files}, indent=2).encode())
     _sync_folder(temporary)
@@ -255,97 +259,3 @@ def _sync_folder(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], *, partial: bool) -> None:
-    """Fill `tensors` in place, whatever layout wrote them.
-
-    `partial` allows the checkpoint to hold more (optimizer state when only weights are wanted).
-    Raises UserError when names or shapes are not this model's. Call `verify` first.
-    """
-    _expect_one_process()
-    reader = _CheckedReader(checkpoint.path)
-    _check_same_model(reader.read_metadata(), tensors, checkpoint, partial)
-    try:
-        load_tensors(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
-    except CheckpointException as error:  # a BaseException of DCP's, around any failure to read
-        cause = str(_root_cause(error)).splitlines()[0]
-        raise UserError(f"checkpoint {checkpoint.path} cannot be read: {cause}") from error
-
-
-def _check_same_model(
-    metadata: Metadata, tensors: Mapping[str, Tensor], checkpoint: Checkpoint, partial: bool
-) -> None:
-    stored = {
-        name: entry.size
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    missing = sorted(set(tensors) - set(stored))
-    extra = [] if partial else sorted(set(stored) - set(tensors))
-    wrong = sorted(n for n, t in tensors.items() if n in stored and t.shape != stored[n])
-    problems = [
-        f"{len(names)} {what} (first: {names[0]})"
-        for names, what in ((missing, "missing"), (extra, "unknown"), (wrong, "of another shape"))
-        if names
-    ]
-    if problems:
-        raise UserError(
-            f"checkpoint {checkpoint.path} is of another model: tensors {'; '.join(problems)}. "
-            "Train with the config that wrote it, or start a run of another name"
-        )
-
-
-class _CheckedReader(FileSystemReader):
-    """DCP's reader with its pickled metadata read by an allow-list."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        content = (Path(self.path) / ".metadata").read_bytes()
-        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
-        if not isinstance(metadata, Metadata):
-            raise UserError(f"checkpoint {self.path}: .metadata is not a checkpoint's metadata")
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = frozenset(
-        {
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("collections", "OrderedDict"),
-            ("builtins", "set"),
-            ("pathlib", "PosixPath"),  # where it was written; never used
-            ("pathlib._local", "PosixPath"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        is_plain_class = module in self._MODULES and "." not in name
-        if is_dtype or (module, name) in self._NAMES:
-            return super().find_class(module, name)
-        if is_plain_class and name in _METADATA_CLASSES:
-            return super().find_class(module, name)
-        raise UserError(
-            f"checkpoint metadata names {module}.{name}, which no checkpoint of ours does"
-        )
-
-
-_METADATA_CLASSES = frozenset(
-    {
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "TensorProperties",
-        "ChunkStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-        "_StorageInfo",
-        "_StoragePrefix",
-    }
-)

@@ -47,12 +47,8 @@ from carillon.engine.models.towers.dual_encoder import (
     build_dual_encoder,
 )
 from carillon.engine.parallel.mesh import DistributedConfig
-from carillon.engine.train.checkpoint import (
-    Checkpoint,
-    list_checkpoints,
-    read_tensors,
-    write_durably,
-)
+from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints, write_durably
+from carillon.engine.train.checkpoint_reader import read_tensors
 from carillon.engine.train.optim import OptimizationConfig
 
 

@@ -31,7 +31,8 @@ from carillon.engine.losses.contrastive import ContrastiveObjective
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.parallel.collectives import sum_over
 from carillon.engine.parallel.mesh import World
-from carillon.engine.train.checkpoint import Checkpoint, CheckpointStore, read_tensors
+from carillon.engine.train.checkpoint import Checkpoint, CheckpointStore
+from carillon.engine.train.checkpoint_reader import read_tensors
 from carillon.engine.train.guard import StepGuard, TrainingStopped
 from carillon.engine.train.optim import NamedAdamW, WeightAverage, learning_rate
 from carillon.engine.train.profile import Throughput, peak_flops

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from carillon.engine.cli import main
 from carillon.engine.data.shards import ShardWriter
 from carillon.engine.strict_yaml import dump_yaml
-from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints, read_tensors
+from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints
+from carillon.engine.train.checkpoint_reader import read_tensors
 
 RECIPE = str(Path(__file__).parents[3] / "recipes/train.py")
 RANKS = Path(__file__).with_name("ranks_worker.py")

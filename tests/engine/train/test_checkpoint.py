@@ -14,8 +14,8 @@ from carillon.engine.train.checkpoint import (
     Checkpoint,
     CheckpointStore,
     list_checkpoints,
-    read_tensors,
 )
+from carillon.engine.train.checkpoint_reader import read_tensors
 
 
 def tensors(value: float = 1.0) -> dict[str, Tensor]:
