@@ -2,9 +2,8 @@
 compile -> FSDP.
 
 Data parallelism is FSDP2 on the (dp_replicate, dp_shard) mesh in every case: plain replication is
-its corner with one shard, so there is one mechanism and one gradient reduction. Recompute comes
-before compile and both before FSDP, since each must see what the one before it made. The axes
-before recompute join here, each as one call.
+its corner with one shard, so there is one mechanism and one gradient reduction. Each must see what
+the one before it made. The axes that are missing join here, each as one call.
 """
 
 from __future__ import annotations
@@ -15,17 +14,23 @@ from contextlib import contextmanager
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from carillon.engine.models.plans import DUAL_ENCODER
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.parallel.mesh import DistributedConfig, World
+from carillon.engine.parallel.tensor import split_tensors
 
 
 def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) -> DualEncoder:
     """Lay `model` out over the world, in place; returns it."""
     model.to(world.device)
+    if world.mesh is not None and world.degrees.tp > 1:
+        split_tensors(model, DUAL_ENCODER, world.mesh["tp"])
     model.set_recompute(config.grad_checkpointing)
     if config.compile:
+        # Split blocks are compiled per length: with symbolic sizes DTensor recurses without end.
+        dynamic = world.degrees.tp == 1
         for block in model.blocks():
-            block.compile(dynamic=True)
+            block.compile(dynamic=dynamic)
     if world.mesh is not None:
         mesh = world.mesh["dp_replicate", "dp_shard"]
         reshard = config.zero_stage == 3

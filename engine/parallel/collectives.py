@@ -6,11 +6,16 @@ and 2.13, and both ends of that range have these.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+T = TypeVar("T", bound=Tensor)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -67,6 +72,28 @@ def exchange_shares(shares: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return shares.unsqueeze(0)
     exchanged: Tensor = _ExchangeShares.apply(shares, group)  # type: ignore[no-untyped-call]
     return exchanged.view(dist.get_world_size(group), -1)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The 2-norm of all gradients, laid out in whatever ways. Shape: ()."""
+    groups = by_mesh([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norms = [whole(torch.nn.utils.get_total_norm(gradients)) for gradients in groups]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+
+
+def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
+    """Those that lie on one mesh together: torch's operations on lists take no other."""
+    groups: dict[DeviceMesh | None, list[T]] = {}
+    for tensor in tensors:
+        mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
+        groups.setdefault(mesh, []).append(tensor)
+    return list(groups.values())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be laid out over processes, as a plain one."""
+    result: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return result
 
 
 def sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -1,9 +1,9 @@
 """Mesh axes and degrees: pp, dp_replicate, dp_shard, cp, tp, checked before any device is touched.
 
-Data parallelism runs today; the other axes are laid out and refused above 1 until their mechanisms
-join. `zero_stage` in the PRD's terms maps onto FSDP2: 0 replicates, 1 and 2 shard parameters but
-keep them gathered between forward and backward, 3 frees them again. The mesh is passed in, never
-global.
+Data and tensor parallelism run today; pp and cp are laid out and refused above 1 until their
+mechanisms join. `zero_stage` in the PRD's terms maps onto FSDP2: 0 replicates, 1 and 2 shard
+parameters but keep them gathered between forward and backward, 3 frees them again. The mesh is
+passed in, never global.
 Status: runs on CPU with gloo; CUDA with NCCL has not run on a GPU yet.
 """
 
@@ -59,7 +59,7 @@ class DistributedConfig:
     )
 
     def check(self) -> Iterator[str]:
-        for axis in ("pp", "cp", "tp"):
+        for axis in ("pp", "cp"):
             if getattr(self, axis) > 1:
                 yield (
                     f"{axis}: {getattr(self, axis)} given; this axis comes with the parallel "
@@ -134,6 +134,11 @@ class World:
     def data_group(self) -> dist.ProcessGroup | None:
         """Processes whose samples make one global batch; none in one process."""
         return self.data_mesh.get_group() if self.data_mesh is not None else None
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All processes; none in one process."""
+        return dist.group.WORLD if self.mesh is not None else None
 
     @property
     def data_rank(self) -> int:

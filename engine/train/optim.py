@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from carillon.engine.config import changed, section, setting
+from carillon.engine.parallel.collectives import by_mesh
 
 # Times the largest batch this stays far inside the int64 of positions.
 MAX_STEPS = 1_000_000_000
@@ -100,12 +101,13 @@ class NamedAdamW:
         decayed = [p for name, p in self._names.items() if name not in no_decay]
         others = [p for name, p in self._names.items() if name in no_decay]
         groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": params, "weight_decay": decay}
+            for named, decay in ((decayed, config.weight_decay), (others, 0.0))
+            for params in by_mesh(named)
         ]
         beta1, beta2 = config.betas
         self._torch = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            groups,
             lr=config.lr,
             betas=(beta1, beta2),
             eps=config.eps,

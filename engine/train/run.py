@@ -41,6 +41,7 @@ from carillon.engine.eval.suite import EvaluationConfig
 from carillon.engine.log import LoggingConfig
 from carillon.engine.losses.contrastive import LossConfig
 from carillon.engine.models.catalog import text_config
+from carillon.engine.models.plans import split_sizes
 from carillon.engine.models.towers.dual_encoder import (
     DualEncoder,
     DualEncoderConfig,
@@ -114,6 +115,11 @@ class RunConfig:
             context = text_config(self.model.text_backbone, self.model.text).context
         except UserError:  # an unknown backbone, which the model section reports
             return
+        tp = self.distributed.tp
+        for name, size in split_sizes(self.model) if tp > 1 else ():
+            if size % tp:
+                fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+                yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"
         asked = self.data.augment.text.max_len
         if asked is not None and asked > context:
             yield (

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from carillon.engine.config import UserError, config_hash
 from carillon.engine.data.loader import Batch, TrainingLoader
@@ -29,7 +28,7 @@ from carillon.engine.data.order import stable_hash
 from carillon.engine.log import Progress, Sink, cut_jsonl, logger
 from carillon.engine.losses.contrastive import ContrastiveObjective
 from carillon.engine.models.towers.dual_encoder import DualEncoder
-from carillon.engine.parallel.collectives import sum_over
+from carillon.engine.parallel.collectives import by_mesh, gradient_norm, sum_over, whole
 from carillon.engine.parallel.mesh import World
 from carillon.engine.train.checkpoint import Checkpoint, CheckpointStore
 from carillon.engine.train.checkpoint_reader import read_tensors
@@ -233,8 +232,10 @@ class Trainer:
 
     def _clip(self) -> float:
         limit = self.config.optimization.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = gradient_norm(self.model.parameters())
+        for parameters in by_mesh(self.model.parameters()):
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return float(norm)
 
     def _reduce(self, loss: Tensor) -> tuple[float, bool, dict[str, int]]:
         """Mean loss, whether any rank was asked to stop, and the loader's counts of all ranks."""
@@ -244,9 +245,10 @@ class Trainer:
             dtype=torch.float64,
             device=self.world.device,
         )
-        sum_of_losses, asked, *sums = sum_over(values, self.world.data_group).tolist()
-        total = dict(zip(counts, map(int, sums), strict=True))
-        return sum_of_losses / self.world.degrees.data, asked > 0, total
+        sum_of_losses, asked, *sums = sum_over(values, self.world.group).tolist()
+        copies = self.world.size // self.world.degrees.data  # processes with the same samples
+        total = {name: int(value) // copies for name, value in zip(counts, sums, strict=True)}
+        return sum_of_losses / self.world.size, asked > 0, total
 
     def _autocast(self) -> AbstractContextManager[None]:
         if self.config.distributed.precision == "fp32":
@@ -302,10 +304,7 @@ class Trainer:
         source: Mapping[str, Tensor] = dict(self.model.named_parameters())
         if self.average is not None:
             source = self.average.tensors
-        return {
-            name: value.full_tensor() if isinstance(value, DTensor) else value.detach()
-            for name, value in source.items()
-        }
+        return {name: whole(value.detach()) for name, value in source.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}

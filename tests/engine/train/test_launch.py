@@ -75,6 +75,16 @@ def test_a_batch_that_the_processes_do_not_divide(setup: Setup) -> None:
         check_layout(odd, 3)
 
 
+def test_a_tensor_parallel_degree_that_does_not_divide(setup: Setup) -> None:
+    """2 heads in 4 shares: refused with the degrees that fit, before anything starts."""
+    with pytest.raises(UserError, match=r"tp: 4 does not divide model.vision's num_heads \(2\)"):
+        load_config(setup.config, ["distributed.tp=4"])
+    config = load_config(setup.config, ["distributed.tp=2"])
+    check_layout(config, 4)
+    with pytest.raises(UserError, match=r"3 processes do not divide by pp x cp x tp = 2"):
+        check_layout(config, 3)
+
+
 def test_a_fault_is_one_message_from_several_processes(
     setup: Setup, tmp_path: Path, ranks: Any
 ) -> None:
