@@ -9,7 +9,7 @@ TRITON_VERSION ?= 3.6.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 QUICKSTART := recipes/emoji_quickstart.yaml
 
-.PHONY: help install install-dev quickstart test lint bench bench-env bench-peers prove-kill clean
+.PHONY: help install install-dev quickstart test lint bench bench-env bench-peers prove-kill prove-fp8 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -87,6 +87,9 @@ bench-env:  ## a second environment with the peers that benchmarks compare with
 prove-kill: install-dev  ## kill and resume a small run forty times: nothing is lost (strace, 10 minutes)
 	$(BIN)/python benchmarks/prove_durable.py
 	$(BIN)/python benchmarks/prove_kill.py
+
+prove-fp8: install-dev  ## final loss of fp8 against bf16, three seeds of 300 steps (half an hour)
+	$(BIN)/python benchmarks/prove_fp8.py
 
 clean:  ## remove build products (not runs, data or .venv)
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

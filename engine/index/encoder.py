@@ -143,6 +143,6 @@ def run_encoder(run: "LoadedRun", *, batch_size: int = 128) -> Encoder:
         run.model.to("cuda" if use_cuda else "cpu"),
         run.tokenizer,
         context=run.config.data.augment.text.max_len,
-        bf16=layout.precision == "bf16",
+        bf16=layout.precision != "fp32",
         batch_size=batch_size,
     )

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from carillon.engine.models.plans import DUAL_ENCODER
 from carillon.engine.models.towers.dual_encoder import DualEncoder
+from carillon.engine.nn.fp8 import to_fp8
 from carillon.engine.parallel.mesh import DistributedConfig, World
 from carillon.engine.parallel.tensor import split_tensors
 
@@ -25,6 +26,8 @@ def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) ->
     model.to(world.device)
     if world.mesh is not None and world.degrees.tp > 1:
         split_tensors(model, DUAL_ENCODER, world.mesh["tp"])
+    if config.precision == "fp8":
+        to_fp8(model.blocks(), config.fp8_recipe)
     model.set_recompute(config.grad_checkpointing)
     if config.compile:
         # Split blocks are compiled per length: with symbolic sizes DTensor recurses without end.

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from carillon.engine.config import UserError, setting
+from carillon.engine.config import UserError, changed, setting
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -47,7 +47,12 @@ class DistributedConfig:
     grad_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass.", hashed=False
     )
-    precision: Literal["fp32", "bf16"] = setting("bf16", "Arithmetic of the towers' products.")
+    precision: Literal["fp32", "bf16", "fp8"] = setting(
+        "bf16", "Arithmetic of the towers' products; fp8: those of the blocks, bf16 elsewhere."
+    )
+    fp8_recipe: Literal["tensorwise", "rowwise"] = setting(
+        "tensorwise", "Scales of 8-bit floats: one a tensor, or one a row."
+    )
     compile: bool = setting(False, "Compile the towers' blocks with torch.compile.")
     timeout_s: int = setting(1800, "A collective that takes longer fails.", min=10, hashed=False)
     watchdog_s: int = setting(
@@ -69,6 +74,13 @@ class DistributedConfig:
             yield (
                 f"dp_shard: {self.dp_shard} given, but zero_stage=0 shards nothing; set "
                 "distributed.zero_stage=1, 2 or 3, or drop dp_shard"
+            )
+        if self.precision != "fp8" and changed(self, "fp8_recipe"):
+            yield f"fp8_recipe: {self.fp8_recipe} given, but precision is {self.precision}; drop it"
+        if self.precision == "fp8" and self.tp > 1:
+            yield (
+                f"precision: fp8 does not run with tensor parallelism yet (tp={self.tp}); use "
+                "bf16, or tp=1"
             )
         if self.backend == "nccl" and not torch.cuda.is_available():
             yield "backend: nccl needs a CUDA device and there is none; use auto or gloo"

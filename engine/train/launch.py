@@ -292,7 +292,7 @@ def _evaluator(
                 tokenizer,
                 config.evaluation,
                 config.data,
-                bf16=config.distributed.precision == "bf16",
+                bf16=config.distributed.precision != "fp32",
                 before_batch=stop.check,
             )
         except StopAsked:

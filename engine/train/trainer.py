@@ -192,8 +192,8 @@ class Trainer:
         return 3.0 * forward * self.config.data.batch_size
 
     def _peak(self) -> float:
-        bf16 = self.config.distributed.precision == "bf16"
-        return peak_flops(self.world.device, torch.bfloat16 if bf16 else torch.float32)
+        fp32 = self.config.distributed.precision == "fp32"  # fp8's MFU too is of the bf16 peak
+        return peak_flops(self.world.device, torch.float32 if fp32 else torch.bfloat16)
 
     def _train_step(self, batch: Batch) -> tuple[dict[str, float], bool]:
         self._report_batch(batch)
