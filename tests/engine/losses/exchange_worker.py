@@ -284,7 +284,7 @@ def main() -> None:
         if any(process.exitcode for process in ranks):
             for process in ranks:
                 process.terminate()  # they would wait for the one that failed
-            sys.exit(1)
+    sys.exit(any(process.exitcode for process in ranks))
 
 
 if __name__ == "__main__":
