@@ -80,6 +80,7 @@ bench-peers: bench-env  ## speed and final loss against peers (JSON in benchmark
 	.venv-bench/bin/python -m pytest -c benchmarks/pytest.ini benchmarks/test_training.py \
 	  --benchmark-json=benchmarks/results/training.json
 	.venv-bench/bin/python benchmarks/convergence.py
+	.venv-bench/bin/python benchmarks/contrastive_training.py
 
 bench-env:  ## a second environment with the peers that benchmarks compare with
 	bash benchmarks/environment.sh

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from carillon.engine.config import UserError, section, setting
 from carillon.engine.data.decode.image import decode_rgb
 from carillon.engine.data.order import HeldOut, SampleOrder, position_generator
+from carillon.engine.data.pair_ids import NO_ID, pair_id
 from carillon.engine.data.shards import Dataset as Opened
 from carillon.engine.data.shards import RawSample, SampleError, Split, open_dataset
 from carillon.engine.data.tokenizer import Tokenizer, TokenizerConfig
@@ -162,6 +163,7 @@ class TrainingSample(NamedTuple):
     image: Picture
     caption: str
     language: str
+    pair_id: int
 
 
 class Batch(NamedTuple):
@@ -169,7 +171,8 @@ class Batch(NamedTuple):
 
     Shapes: images (B, S, S, 3) uint8, tokens (B, L) int64, lengths (B,) int64.
     `bad` holds (key, reason) of the bad samples that were replaced, `num_filtered` says how many
-    sound ones were.
+    sound ones were. `ids` (B,) int64 says which pairs are no negatives of each other: those that
+    have it equal, and not below 0; none where nothing says so.
     """
 
     images: Tensor
@@ -179,12 +182,14 @@ class Batch(NamedTuple):
     languages: list[str]
     bad: list[tuple[str, str]]
     num_filtered: int = 0
+    ids: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         return self._replace(
             images=self.images.to(device, non_blocking=True),
             tokens=self.tokens.to(device, non_blocking=True),
             lengths=self.lengths.to(device, non_blocking=True),
+            ids=self.ids.to(device, non_blocking=True) if self.ids is not None else None,
         )
 
     def microbatches(self, size: int) -> list[Batch]:
@@ -201,6 +206,7 @@ class Batch(NamedTuple):
             keys=self.keys[start:stop],
             languages=self.languages[start:stop],
             bad=[],
+            ids=self.ids[start:stop] if self.ids is not None else None,
         )
 
 
@@ -251,9 +257,10 @@ class PositionedSamples(Dataset[Any]):
         size: int,
         context: int,
         seed: int,
+        same_field: str | None = None,
     ) -> None:
         self.split, self.config, self.tokenizer = split, config, tokenizer
-        self.size, self.seed = size, seed
+        self.size, self.seed, self.same_field = size, seed, same_field
         self._min_side = needed_side(size, config.augment.image)
         self.context = min(config.augment.text.max_len or context, context)
         self.held_out = HeldOut(len(split), config.validation_every)
@@ -282,7 +289,8 @@ class PositionedSamples(Dataset[Any]):
         keys = [sample.key for sample in samples]
         languages = [sample.language for sample in samples]
         num_filtered = sum(filtered for _, filtered in drawn)
-        return Batch(images, tokens, lengths, keys, languages, bad, num_filtered)
+        ids = torch.tensor([sample.pair_id for sample in samples]) if self.same_field else None
+        return Batch(images, tokens, lengths, keys, languages, bad, num_filtered, ids)
 
     def _sample(
         self, position: int, row: int, bad: list[tuple[str, str]]
@@ -323,12 +331,13 @@ class PositionedSamples(Dataset[Any]):
         raw = self.split.read(row)
         generator = position_generator(self.seed, "sample", position)
         language, caption = self._choose_caption(raw, generator)
+        same = pair_id(raw, self.same_field) if self.same_field is not None else NO_ID
         try:
             picture = decode_rgb(raw.media, min_side=self._min_side)
         except ValueError as error:
             raise SampleError(raw.key, str(error)) from None
         image = train_transform(picture, self.size, self.config.augment.image, generator)
-        return TrainingSample(position, raw.key, image, caption, language)
+        return TrainingSample(position, raw.key, image, caption, language, same)
 
     def _choose_caption(self, raw: RawSample, generator: np.random.Generator) -> tuple[str, str]:
         allowed = self.config.filters.lang_allow

@@ -1,12 +1,12 @@
 """Contrastive losses over a global batch: softmax (CLIP) and sigmoid (SigLIP).
 
-Each rank holds n rows of each modality. It takes its pictures against all texts, which are gathered
-with gradients: one product, whose reductions (kernels/contrastive) serve both directions. A text's
-log-sum-exp needs every rank's pictures, so the ranks exchange their shares of it, a number a text.
-The mean over ranks is the loss of the whole batch, and the mean over ranks of the parameters'
-gradients is its gradient, so any data layout gives the step of one process. Reduction: mean over
-pairs. Accumulation in float32. Deterministic. No n x N logits are held, unless the provider is the
-reference.
+Each rank holds n rows of each modality and takes its pictures against all texts: one product, whose
+reductions (kernels/contrastive) serve both directions. The texts of other ranks are gathered or
+come around a ring (gathered.py, ring.py), with the same result. The mean over ranks is the loss of
+the whole batch, and the mean over ranks of the parameters' gradients is its gradient, so any data
+layout gives the step of one process. Pairs with equal ids are no negatives of each other.
+Reduction: mean over pairs. Accumulation in float32. Deterministic. No n x N logits are held, unless
+the provider is the reference.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from carillon.engine.config import changed, section, setting
+from carillon.engine.losses import gathered, ring
 from carillon.engine.models.towers.dual_encoder import DualFeatures
-from carillon.engine.parallel.collectives import exchange_shares, gather_rows
-from carillon.kernels.table import resolve
+from carillon.engine.parallel.collectives import gather_rows
+
+Exchange = Literal["gather", "ring"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,20 @@ class ContrastiveConfig:
     )
     bias: float = setting(-10.0, "Where the learned bias of the sigmoid loss starts.")
     weight: float = setting(1.0, "Weight of this loss.", min=0)
+    label_smoothing: float = setting(
+        0.0, "Share of the softmax loss's target that all pairs of a row get alike.", min=0, max=0.9
+    )
+    same_field: str | None = setting(
+        None,
+        "Field of the samples, such as concept: pairs that have it equal are no negatives of each "
+        "other; none: all pairs are.",
+    )
+    exchange: Exchange = setting(
+        "gather",
+        "How a process meets the others' texts: gathered at once, or by chunks around a ring, "
+        "in the memory of a few chunks.",
+        hashed=False,
+    )
     provider: Literal["auto", "native", "triton", "reference"] = setting(
         "auto", "What computes the pairs; auto: the device's own choice.", hashed=False
     )
@@ -41,6 +58,11 @@ class ContrastiveConfig:
     def check(self) -> Iterator[str]:
         if self.kind == "softmax" and changed(self, "bias"):
             yield f"bias: {self.bias:g} given, but only kind=sigmoid has a bias; drop either"
+        if self.kind == "sigmoid" and changed(self, "label_smoothing"):
+            given = f"label_smoothing: {self.label_smoothing:g} given"
+            yield f"{given}, but only kind=softmax has a target to smooth; drop either"
+        if self.same_field == "":
+            yield "same_field: empty; name a field of the samples, or leave it out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,25 +92,43 @@ class LossConfig:
 
 
 def softmax_contrastive(
-    features: DualFeatures, group: dist.ProcessGroup | None, provider: str | None = None
+    features: DualFeatures,
+    group: dist.ProcessGroup | None,
+    ids: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    exchange: Exchange = "gather",
+    provider: str | None = None,
 ) -> Tensor:
     """Symmetric cross-entropy of matched pairs; the mean over this rank's rows.
 
-    Shapes: image and text (n, d) unit rows, scale (1,). Returns a scalar.
-    Source: Radford et al. 2021, figure 3.
+    Shapes: image and text (n, d) unit rows, scale (1,), ids (n,) int64, below 0 where a pair has
+    none. Returns a scalar.
+    Source: Radford et al. 2021, figure 3; smoothing as in Szegedy et al. 2016, section 7, over the
+    pairs that count.
     """
-    pairs = resolve("contrastive", features.image.device, provider)
-    text = gather_rows(features.text.float(), group)
-    row_lse, column_lse, positive, _, _ = pairs(
-        features.image.float(), text, features.scale, _first_column(features, group)
+    pairs = ring.contrastive if exchange == "ring" else gathered.contrastive
+    found = pairs(
+        *(features.image.float(), features.text.float(), features.scale, group),
+        row_ids=ids,
+        column_ids=ids,
+        with_sums=label_smoothing > 0,
+        provider=provider,
     )
-    shares = exchange_shares(column_lse, group)  # (ranks, n), of this rank's texts
-    loss: Tensor = ((row_lse + shares.logsumexp(0)) / 2 - positive).mean()
-    return loss
+    losses = (found.row_lse + found.column_lse) / 2 - (1 - label_smoothing) * found.positive
+    if label_smoothing > 0:
+        counted = _num_counted(len(features.image), ids, group)
+        losses = losses - label_smoothing * (found.row_sum + found.column_sum) / 2 / counted
+    return losses.mean()
 
 
 def sigmoid_contrastive(
-    features: DualFeatures, group: dist.ProcessGroup | None, provider: str | None = None
+    features: DualFeatures,
+    group: dist.ProcessGroup | None,
+    ids: Tensor | None = None,
+    *,
+    exchange: Exchange = "gather",
+    provider: str | None = None,
 ) -> Tensor:
     """Pairwise logistic loss of this rank's pictures against all texts, per picture.
 
@@ -96,27 +136,53 @@ def sigmoid_contrastive(
     """
     if features.bias is None:
         raise ValueError("the sigmoid loss needs a model built with a bias")
-    losses = resolve("contrastive_sigmoid", features.image.device, provider)
-    text = gather_rows(features.text.float(), group)
-    row_losses: Tensor = losses(
-        *(features.image.float(), text, features.scale, features.bias),
-        _first_column(features, group),
+    pairs = ring.contrastive_sigmoid if exchange == "ring" else gathered.contrastive_sigmoid
+    row_losses = pairs(
+        *(features.image.float(), features.text.float(), features.scale, features.bias, group),
+        row_ids=ids,
+        column_ids=ids,
+        provider=provider,
     )
     return row_losses.mean()
 
 
-def _first_column(features: DualFeatures, group: dist.ProcessGroup | None) -> int:
-    """Where this rank's matching columns stand among all columns."""
-    return dist.get_rank(group) * len(features.image) if group is not None else 0
+def _num_counted(n: int, ids: Tensor | None, group: dist.ProcessGroup | None) -> Tensor | int:
+    """Columns that count for each row, which is rows that count for each column: its own, and all
+    without its id."""
+    num_all = n * (dist.get_world_size(group) if group is not None else 1)
+    if ids is None:
+        return num_all
+    sorted_ids = gather_rows(ids, group).sort().values
+    equal = torch.searchsorted(sorted_ids, ids, right=True) - torch.searchsorted(sorted_ids, ids)
+    return torch.where(ids < 0, num_all, num_all + 1 - equal)
 
 
 class ContrastiveObjective:
-    """`loss.itc` as a callable: features of one rank and the data group in, weighted loss out."""
+    """`loss.itc` as a callable: features and ids of one rank and the data group in, weighted loss
+    out."""
 
     def __init__(self, config: ContrastiveConfig) -> None:
-        self._loss = softmax_contrastive if config.kind == "softmax" else sigmoid_contrastive
-        self._weight = config.weight
+        self._config = config
         self._provider = None if config.provider == "auto" else config.provider
 
-    def __call__(self, features: DualFeatures, group: dist.ProcessGroup | None) -> Tensor:
-        return self._weight * self._loss(features, group, self._provider)
+    def __call__(
+        self,
+        features: DualFeatures,
+        group: dist.ProcessGroup | None,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        config = self._config
+        if config.kind == "sigmoid":
+            loss = sigmoid_contrastive(
+                features, group, ids, exchange=config.exchange, provider=self._provider
+            )
+        else:
+            loss = softmax_contrastive(
+                features,
+                group,
+                ids,
+                label_smoothing=config.label_smoothing,
+                exchange=config.exchange,
+                provider=self._provider,
+            )
+        return config.weight * loss

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from carillon.engine.config import UserError, config_hash, to_values
 from carillon.engine.data.loader import PositionedSamples, TrainingLoader, open_split, open_training
+from carillon.engine.data.pair_ids import check_field
 from carillon.engine.data.shards import Dataset, Split
 from carillon.engine.data.tokenizer import Tokenizer, captions_of
 from carillon.engine.eval.report import draw_loss
@@ -62,7 +63,7 @@ def _train(config: RunConfig, world: World, fresh: bool, stop: StopRequest) -> i
     try:
         # Before the run's folder is touched: `--fresh` must not move a good run aside for nothing.
         # The main rank goes first: it may have to index plain tars, which the others then find.
-        on_main(world, lambda: open_split(config.data), share=False)
+        on_main(world, lambda: _check_data(config), share=False)
         on_main(world, lambda: check_in_training(config.evaluation, config.data), share=False)
         folder = on_main(world, lambda: RunFolder(config, fresh=fresh), share=False)
         path = Path(config.logging.output) / run_name(config)
@@ -78,6 +79,12 @@ def _train(config: RunConfig, world: World, fresh: bool, stop: StopRequest) -> i
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _check_data(config: RunConfig) -> None:
+    split = open_split(config.data)
+    if config.loss.itc.same_field is not None:
+        check_field(split, config.loss.itc.same_field)
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:
@@ -192,6 +199,7 @@ def _loader(config: RunConfig, world: World, split: Split, tokenizer: Tokenizer)
         size=vision_config(config.model.vision_backbone, config.model.vision).image_size,
         context=text_config(config.model.text_backbone, config.model.text).context,
         seed=config.experiment.seed,
+        same_field=config.loss.itc.same_field,
     )
     return TrainingLoader(
         samples, rank=world.data_rank, world_size=world.degrees.data, device=world.device

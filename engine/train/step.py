@@ -22,7 +22,7 @@ from carillon.engine.data.transforms import normalize
 from carillon.engine.models.towers.dual_encoder import DualEncoder, DualFeatures
 from carillon.engine.parallel.apply import gradient_sync
 
-Objective = Callable[[DualFeatures, dist.ProcessGroup | None], Tensor]
+Objective = Callable[[DualFeatures, dist.ProcessGroup | None, Tensor | None], Tensor]
 Autocast = Callable[[], AbstractContextManager[None]]
 
 
@@ -39,7 +39,7 @@ def forward_backward(
     The mean of the losses over the data ranks is the loss of the global batch.
     """
     if len(microbatches) == 1:
-        loss = objective(_features(model, microbatches[0], autocast), group)
+        loss = objective(_features(model, microbatches[0], autocast), group, microbatches[0].ids)
         torch.autograd.backward(loss)
         return loss.detach()
     return _cached_gradients(model, objective, microbatches, group, autocast)
@@ -60,7 +60,8 @@ def _cached_gradients(
         scale=_leaf(parts[0].scale),
         bias=_leaf(parts[0].bias) if parts[0].bias is not None else None,
     )
-    loss = objective(leaves, group)
+    ids = [batch.ids for batch in microbatches if batch.ids is not None]
+    loss = objective(leaves, group, torch.cat(ids) if ids else None)
     torch.autograd.backward(loss)
     sizes = [len(batch.keys) for batch in microbatches]
     image_grads = torch.split(_grad(leaves.image), sizes)

@@ -1,6 +1,7 @@
 import io
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from carillon.engine.data.loader import (
     TrainingLoader,
     open_split,
 )
+from carillon.engine.data.pair_ids import NO_ID
 from carillon.engine.data.shards import ShardWriter, open_dataset
 from carillon.engine.data.tokenizer import Tokenizer
 
@@ -35,14 +37,23 @@ def write_set(path: Path, num: int = 37, bad: set[int] = frozenset()) -> Path:  
         for i in range(num):
             media = b"not a picture" if i in bad else png(i)
             captions = {"en": [f"dog {i}", f"cat {i}"], "fr": [f"chien {i}"]}
-            writer.write(f"key{i:03d}", media, "png", {"captions": captions})
+            meta = {"captions": captions} | ({} if i % 5 == 0 else {"kind": i % 5})
+            writer.write(f"key{i:03d}", media, "png", meta)
     return path
 
 
-def samples(path: Path, **changes: Any) -> PositionedSamples:
+def samples(path: Path, same_field: str | None = None, **changes: Any) -> PositionedSamples:
     values = {"path": str(path), "batch_size": 8, "num_workers": 0, **changes}
     config = build(DataConfig, values)
-    return PositionedSamples(open_split(config), config, TOKENIZER, size=16, context=16, seed=11)
+    return PositionedSamples(
+        open_split(config),
+        config,
+        TOKENIZER,
+        size=16,
+        context=16,
+        seed=11,
+        same_field=same_field,
+    )
 
 
 def batches(parts: PositionedSamples, num: int, rank: int = 0, world: int = 1) -> list[Batch]:
@@ -243,6 +254,23 @@ def test_microbatches_are_consecutive_parts(tmp_path: Path) -> None:
     assert [len(part.keys) for part in parts] == [3, 3, 2]
     assert [key for part in parts for key in part.keys] == batch.keys
     assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+
+
+def test_pairs_of_one_field_have_one_id_on_every_process(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "set")
+    assert batches(samples(path), 1)[0].ids is None
+    whole = batches(samples(path, "kind"), 1)[0].to(CPU)
+    shares = [batches(samples(path, "kind", num_workers=rank), 1, rank, 2)[0] for rank in (0, 1)]
+    assert whole.ids is not None
+    ids = [part.ids for part in whole.microbatches(3)] + [share.ids for share in shares]
+    parts = torch.cat([part for part in ids if part is not None])
+    assert torch.equal(parts, torch.cat([whole.ids, whole.ids]))
+    kinds = [int(key.removeprefix("key")) % 5 for key in whole.keys]
+    for i, j in product(range(8), range(8)):
+        if kinds[i] == 0:
+            assert whole.ids[i] == NO_ID
+        else:
+            assert (whole.ids[i] == whole.ids[j]) == (kinds[i] == kinds[j])
 
 
 @pytest.mark.parametrize(

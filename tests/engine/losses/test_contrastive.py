@@ -93,6 +93,27 @@ def test_weights_scale_the_objective() -> None:
         sigmoid_contrastive(features(5, bias=False), None)
 
 
+def test_settings_that_would_do_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match=r"label_smoothing: 0\.1 given, but only kind=softmax"):
+        build(LossConfig, {"itc": {"kind": "sigmoid", "label_smoothing": 0.1}})
+    with pytest.raises(UserError, match="same_field: empty; name a field"):
+        build(LossConfig, {"itc": {"same_field": ""}})
+
+
+def test_the_objective_takes_its_settings() -> None:
+    x, ids = features(5, torch.float32), torch.tensor([3, 3, -1, -1, 4])
+    for settings in (
+        {"label_smoothing": 0.2, "exchange": "ring"},
+        {"kind": "sigmoid", "exchange": "ring"},
+    ):
+        config = build(ContrastiveConfig, settings)
+        loss = sigmoid_contrastive if config.kind == "sigmoid" else softmax_contrastive
+        how = {key: value for key, value in settings.items() if key != "kind"}
+        expected = loss(x, None, ids, **how)  # type: ignore[operator]
+        assert ContrastiveObjective(config)(x, None, ids) == expected
+        assert expected != loss(x, None, None, **how)  # type: ignore[operator]
+
+
 def test_what_comes_later_says_so() -> None:
     with pytest.raises(UserError, match=r"itm.weight: 0\.5 given; image-text matching comes with"):
         build(LossConfig, {"itm": {"weight": 0.5}})

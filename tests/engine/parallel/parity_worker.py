@@ -57,10 +57,16 @@ def model(kind: str) -> DualEncoder:
 
 
 def step(
-    laid_out: DualEncoder, kind: str, local: Batch, size: int, group: dist.ProcessGroup | None
+    laid_out: DualEncoder,
+    kind: str,
+    local: Batch,
+    size: int,
+    group: dist.ProcessGroup | None,
+    exchange: str = "gather",
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Global loss and whole gradients of one step."""
-    objective = ContrastiveObjective(ContrastiveConfig(kind=kind))  # type: ignore[arg-type]
+    config = ContrastiveConfig(kind=kind, exchange=exchange)  # type: ignore[arg-type]
+    objective = ContrastiveObjective(config)
     loss = forward_backward(
         laid_out, objective, local.microbatches(size), group=group, autocast=nullcontext
     ).clone()
@@ -94,11 +100,13 @@ def main() -> None:
                 results.append(
                     report("one", kind, micro, False, loss, reference_loss, gradients, reference)
                 )
-        for (name, config), cached, recompute in product(
-            layouts.items(), (False, True), (False, True)
+        for (name, config), cached, recompute, exchange in product(
+            layouts.items(), (False, True), (False, True), ("gather", "ring")
         ):
             if recompute and not cached and name.startswith("dp"):
                 continue  # the plain recompute case runs on the sharded layouts
+            if recompute and exchange == "ring":
+                continue  # the two meet nowhere
             degrees = degrees_of(config, size)
             mesh, data_mesh = make_mesh("cpu", degrees)
             world = World(
@@ -114,7 +122,8 @@ def main() -> None:
             share = BATCH // size
             micro = 3 if size == 2 and cached else 1 if cached else share
             local = batch().microbatches(share)[world.data_rank]
-            loss, gradients = step(laid_out, kind, local, micro, world.data_group)
+            loss, gradients = step(laid_out, kind, local, micro, world.data_group, exchange)
+            name = f"{name} {exchange}"
             results.append(
                 report(name, kind, micro, recompute, loss, reference_loss, gradients, reference)
             )

@@ -14,7 +14,7 @@ from carillon.engine.parallel.parity import TOLERANCE_FP32, gradient_errors
 WORKER = Path(__file__).with_name("parity_worker.py")
 
 
-@pytest.mark.parametrize(("world_size", "num_cases"), [(2, 26), (4, 30)])
+@pytest.mark.parametrize(("world_size", "num_cases"), [(2, 38), (4, 46)])
 def test_layouts_give_the_step_of_one_process(
     tmp_path: Path, world_size: int, num_cases: int
 ) -> None:

@@ -48,7 +48,8 @@ def write_pictures(
     first: int = 0,
     max_shard_bytes: int = 1 << 20,
 ) -> Path:
-    """`num` pictures with a caption in two languages or one; those in `bad` are cut short."""
+    """`num` pictures of 12 words with a caption in two languages or one; those in `bad` are cut
+    short."""
     size = {"max_shard_bytes": max_shard_bytes}
     with ShardWriter(out, name=out.name, source={}, **size) as writer:
         for i in range(num):
@@ -57,7 +58,8 @@ def write_pictures(
             captions = {} if i in only_german else {"en": [words]}
             captions["de"] = [f"ein {words}"]
             media = media[: len(media) // 2] if i in bad else media
-            writer.write(f"picture{i:03d}", media, "jpg", {"captions": captions})
+            meta = {"captions": captions, "word": WORDS[i % 12]}
+            writer.write(f"picture{i:03d}", media, "jpg", meta)
     return out
 
 

@@ -54,6 +54,38 @@ def test_sigmoid_loss_trains_its_bias(setup: Setup) -> None:
     assert setup.losses()[-1] < setup.losses()[0]
 
 
+def test_smoothing_and_pairs_of_one_field_change_the_loss(plain: Setup, make_setup: Any) -> None:
+    for setting in ("loss.itc.label_smoothing=0.1", "loss.itc.same_field=word"):
+        setup = make_setup()
+        assert setup.train(setting) == 0
+        assert setup.losses()[0] != plain.losses()[0]
+        assert setup.losses()[0] == pytest.approx(plain.losses()[0], rel=0.2)
+
+
+def test_two_processes_around_a_ring_train_the_curve_of_one(
+    make_setup: Any, tmp_path: Path, ranks: Any
+) -> None:
+    """Ids and smoothed targets too, in parts; rounding as above."""
+    one, two = make_setup(), make_setup()
+    asked = ("loss.itc.same_field=word", "loss.itc.label_smoothing=0.1")
+    assert one.train(*asked) == 0
+    ring = (*asked, "loss.itc.exchange=ring", "data.micro_batch_size=3")
+    (result,) = ranks(tmp_path / "ranks", {"two": (2, two.argv(*ring))}).values()
+    assert result["codes"] == [0, 0], result
+    assert two.losses() == pytest.approx(one.losses(), rel=1e-4)
+    assert two.losses() != one.losses()
+
+
+def test_a_field_that_no_sample_has_is_refused(
+    setup: Setup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert setup.train("loss.itc.same_field=wrod") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "loss.itc.same_field: none of 60 samples of the split has 'wrod'; they have" in error
+    assert "word" in error
+    assert not setup.output.exists()
+
+
 def test_training_learns_the_set(setup: Setup) -> None:
     """Sixty pictures by heart: chance is log 8 = 2.08 a batch."""
     easy = ("data.filters.lang_allow=[en]", "data.augment.image.min_scale=0.9")
