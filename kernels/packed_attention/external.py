@@ -57,7 +57,7 @@ def _load_flash() -> Kernel:
 
 
 def _load_cudnn() -> Kernel:
-    if not torch.backends.cudnn.is_available():
+    if not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
         raise ProviderError(
             f"the provider cudnn needs a CUDA build of torch, which brings cuDNN; torch "
             f"{torch.__version__} has none: 'pip install torch', or choose another provider"
@@ -213,7 +213,7 @@ def _cudnn(
     same = not causal or max_seqlen_q == max_seqlen_k
     _require("cudnn", same, "causal for as many queries as keys", [max_seqlen_q, max_seqlen_k])
     q_BHLD, k_BHLD, v_BHLD = (
-        x.unflatten(0, (num_sequences, -1)).transpose(1, 2) for x in (q, k, v)
+        x.view(num_sequences, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
     )
     out_BHLD, lse_BHL1, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q_BHLD, k_BHLD, v_BHLD, None, True, 0.0, causal, False, scale=scale
