@@ -3,6 +3,7 @@ result or both raise ValueError, and nothing else happens. Under `make asan` no 
 tensors is touched either."""
 
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ KEYWORDS = ("column", "power_of_two", "check_finite")  # of fp8_cast
 EXACT = Tolerance(atol=0.0, rtol=0.0)
 
 
+SETS = st.sampled_from(["portable", "avx2", "avx512", "avx512_bf16"])
+
+
+@pytest.fixture(autouse=True)
+def widest_again() -> Iterator[None]:
+    """Each example takes an instruction set, or a narrower one that the processor has."""
+    load_native()
+    yield
+    torch.ops.carillon.limit_instruction_set("avx512_bf16")
+
+
 def outcome(op: Any, arguments: dict[str, Any]) -> tuple[Tensor, ...] | ValueError:
     keywords = {name: arguments[name] for name in KEYWORDS if name in arguments}
     positional = [value for name, value in arguments.items() if name not in keywords]
@@ -33,6 +45,7 @@ def outcome(op: Any, arguments: dict[str, Any]) -> tuple[Tensor, ...] | ValueErr
 
 def drawn(data: st.DataObject, op: str) -> tuple[dict[str, Any], int]:
     """Arguments, and how many of them were spoiled."""
+    torch.ops.carillon.limit_instruction_set(data.draw(SETS))
     arguments = ARGUMENTS[op](data.draw)
     num_spoiled = data.draw(st.integers(0, 2))
     for _ in range(num_spoiled):
@@ -61,7 +74,6 @@ def assert_near(op: str, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) ->
 
 
 def test_every_op_has_arguments() -> None:
-    load_native()
     schemas = torch._C._jit_get_all_schemas()
     names = {s.name.removeprefix("carillon::") for s in schemas if s.name.startswith("carillon::")}
     assert set(ARGUMENTS) == names - {"limit_instruction_set"}
@@ -87,7 +99,6 @@ def test_native_does_as_the_reference(op: str, data: st.DataObject) -> None:
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_backward_gives_gradients_or_says_why(op: str, data: st.DataObject) -> None:
-    load_native()
     arguments, num_spoiled = drawn(data, op)
     got = outcome(getattr(torch.ops.carillon, op), arguments)
     if isinstance(got, ValueError):
