@@ -1,8 +1,8 @@
 """Follows docs/add-a-kernel.md to the letter in a copy of the checkout: writes what the page says,
 builds, and runs the tests that the page writes.
 
-Objects of an earlier build are taken along where they are newer than every source, so that two
-files are compiled and not all.
+Objects of an earlier build are taken along where they are newer than their source and every header,
+so that two files are compiled and not all.
 """
 
 import os
@@ -78,12 +78,13 @@ def take_objects(target: Path) -> None:
         f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
     ]
     subprocess.run(command, check=True, capture_output=True)
-    sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*.*"))]
-    newest = max(path.stat().st_mtime for path in sources)
+    headers = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.h"))
     objects = Path("CMakeFiles", "_C.dir", "csrc")
     for path in (ROOT / "build" / BUILD / objects).rglob("*.o"):
-        if path.stat().st_mtime > newest:
-            shutil.copy(path, folder / objects / path.relative_to(ROOT / "build" / BUILD / objects))
+        name = path.relative_to(ROOT / "build" / BUILD / objects)
+        source = ROOT / "csrc" / name.with_suffix("")
+        if source.exists() and path.stat().st_mtime > max(headers, source.stat().st_mtime):
+            shutil.copy(path, folder / objects / name)
     (folder / objects / "bindings.cpp.o").unlink(missing_ok=True)
 
 
