@@ -9,7 +9,7 @@ TRITON_VERSION ?= 3.6.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 QUICKSTART := recipes/emoji_quickstart.yaml
 
-.PHONY: help install install-dev quickstart test lint bench bench-env bench-peers prove-kill prove-fp8 clean
+.PHONY: help install install-dev quickstart test asan lint bench bench-env bench-peers prove-kill prove-fp8 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,9 @@ test: install-dev  ## lint, types and the whole CPU suite
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+asan: install-dev  ## the CPU operators' tests under AddressSanitizer and UBSan (3 minutes)
+	bash tests/kernels/sanitizers/run.sh $(BIN)/python
 
 lint: install-dev  ## format and lint in place
 	$(BIN)/ruff check --fix .

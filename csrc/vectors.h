@@ -42,7 +42,7 @@ CARILLON_INLINE Halves load_halves(const uint16_t* from, int64_t count) {
   Halves v{};
   if (count >= kWidth) {
     __builtin_memcpy(&v, from, sizeof v);
-  } else {
+  } else if (count > 0) {  // rows of no values may have no memory
     __builtin_memcpy(&v, from, count * sizeof(uint16_t));
   }
   return v;
@@ -132,6 +132,6 @@ CARILLON_INLINE Floats exponential(Floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const Floats power = (Floats)((Ints)p + ((Ints)shifted << 23));
+  const Floats power = (Floats)((Words)p + ((Words)shifted << 23));  // below -87 it wraps
   return choose(x < -87.0f, Floats{}, power);
 }

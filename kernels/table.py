@@ -44,14 +44,16 @@ class Op:
         return f"carillon.kernels.{self.folder or self.name}"
 
 
-def _op(name: str, folder: str = "") -> Op:
-    """One with a native provider on the CPU and Triton's on CUDA.
+def _op(name: str, folder: str = "", by_others: tuple[str, ...] = ()) -> Op:
+    """One with a native provider on the CPU and Triton's on CUDA, and other libraries' there.
 
-    On CUDA Triton is taken by name only until it has run there (docs/gpu-status.md).
+    On CUDA all but the reference are taken by name only until they have run there
+    (docs/gpu-status.md).
     """
+    on_cuda = ("reference", "triton", *by_others)
     return Op(
         name=name,
-        providers={"cpu": ("native", "reference", "triton"), "cuda": ("reference", "triton")},
+        providers={"cpu": ("native", "reference", "triton"), "cuda": on_cuda},
         folder=folder,
     )
 
@@ -70,7 +72,7 @@ OPS: Mapping[str, Op] = MappingProxyType(
             # What their autograd formulas call, and a loss whose columns come in chunks.
             _op("contrastive_backward", "contrastive"),
             _op("contrastive_sigmoid_backward", "contrastive"),
-            _op("packed_attention"),
+            _op("packed_attention", by_others=("flash_attn", "cudnn")),
             # What the autograd formula of the one before calls.
             _op("packed_attention_backward", "packed_attention"),
             _op("fp8_cast"),
@@ -131,8 +133,18 @@ def _triton(op: str, kind: str) -> Kernel:
     return cast(Kernel, getattr(torch.ops.carillon_triton, op))
 
 
+def _external(provider: str, op: str, kind: str) -> Kernel:
+    """Another library's, which need not be installed."""
+    return cast(Kernel, importlib.import_module(f"{OPS[op].home}.external").load(provider))
+
+
 _PROVIDERS: Mapping[str, Callable[[str, str], Kernel]] = MappingProxyType(
-    {"native": _native, "reference": _reference, "triton": _triton}
+    {
+        "native": _native,
+        "reference": _reference,
+        "triton": _triton,
+        **{name: functools.partial(_external, name) for name in ("flash_attn", "cudnn")},
+    }
 )
 
 

@@ -62,6 +62,7 @@ at::Tensor multiply(const at::Tensor& x, const at::Tensor& weights,
 at::Tensor gathered(const at::Tensor& x, const Maps& maps, int64_t begin, int64_t count,
                     at::Tensor& scratch) {
   const int64_t size = x.size(1) * x.element_size();
+  if (size == 0) return scratch.narrow(0, 0, count);
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(scratch.mutable_data_ptr());
   at::parallel_for(0, count, 64, [&](int64_t first, int64_t last) {

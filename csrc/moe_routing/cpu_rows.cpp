@@ -136,6 +136,7 @@ std::tuple<at::Tensor, at::Tensor> moe_unpermute_backward(const at::Tensor& grad
   at::Tensor grad_rows = empty_on_huge_pages(source.sizes(), source.options());
   at::Tensor grad_weights = at::empty(factors.sizes(), factors.options());
   const int64_t width = rows.size(1), size = row_bytes(source);
+  if (width == 0) return {grad_rows, grad_weights.zero_()};
   const bool bfloat16 = rows.scalar_type() == at::kBFloat16;
   const char *grads = bytes_of(from), *values = bytes_of(source);
   const float* by = factors.const_data_ptr<float>();

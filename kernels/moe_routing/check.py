@@ -73,7 +73,8 @@ def check_plan(indices_TK: Tensor, num_experts: int, alignment: int, capacity: i
         raise ValueError(f"{op}: alignment must be at least 1, got {alignment}")
     if capacity is not None and capacity < 1:
         raise ValueError(f"{op}: capacity must be at least 1, got {capacity}")
-    if indices_TK.numel() + num_experts * (alignment - 1) > MAX_SLOTS:
+    most = indices_TK.numel() + num_experts * (alignment - 1)
+    if max(alignment, num_experts, most) > MAX_SLOTS:
         raise ValueError(f"{op}: there must be at most {MAX_SLOTS} rows, padding included")
 
 

@@ -183,11 +183,13 @@ def _constants(
 
 
 def _sizes(tile: Tile, head_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
+    block_d = max(16, triton.next_power_of_2(head_dim))
     return {
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": block_d,
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
+        "CHUNK": tile.chunk or block_d,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }
 

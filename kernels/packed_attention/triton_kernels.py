@@ -71,6 +71,25 @@ def _load_rows(
 
 
 @triton.jit
+def _dot_rows(
+    a, a_begin, a_token, a_rows, a_count, b, b_begin, b_token, b_rows, b_count,
+    HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Every row of a times every row of b, CHUNK values at a time: whole rows, with both parts that
+    tf32x3 keeps of each value, would not fit in registers. The loop reads them again from cache."""
+    products = tl.zeros([a_rows.shape[0], b_rows.shape[0]], tl.float32)
+    for first in range(0, HEAD_DIM, CHUNK):
+        dims = first + tl.arange(0, CHUNK)
+        inside = dims[None, :] < HEAD_DIM
+        a_at = a + (a_begin + a_rows)[:, None] * (a_token * 8) + dims[None, :]
+        b_at = b + (b_begin + b_rows)[:, None] * (b_token * 8) + dims[None, :]
+        a_RC = tl.load(a_at, mask=(a_rows[:, None] < a_count) & inside, other=0.0)
+        b_RC = tl.load(b_at, mask=(b_rows[:, None] < b_count) & inside, other=0.0)
+        products = tl.dot(a_RC, tl.trans(b_RC), products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
 def _store_rows(
     base, token, token_stride, rows, count, values, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -82,15 +101,22 @@ def _store_rows(
 
 @triton.jit
 def _forward_keys(
-    acc, top, total, q, k, v, begin_k, len_k, k_token, v_token, visible, first, last, scale_log2,
+    acc, top, total, q_QD, q, begin_q, q_token, rows, len_q, k, v, begin_k, len_k, k_token, v_token,
+    visible, first, last, scale_log2,
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Key blocks [first, last) of the online softmax: sums, maxima, and out before division."""
     for start in range(first, last, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
-        k_KD = _load_rows(k, begin_k, k_token, keys, len_k, MASKED, HEAD_DIM, BLOCK_D)
-        s_QK = tl.dot(q, tl.trans(k_KD), input_precision=PRECISION) * scale_log2
+        if CHUNK == BLOCK_D:
+            k_KD = _load_rows(k, begin_k, k_token, keys, len_k, MASKED, HEAD_DIM, BLOCK_D)
+            s_QK = tl.dot(q_QD, tl.trans(k_KD), input_precision=PRECISION) * scale_log2
+        else:
+            s_QK = scale_log2 * _dot_rows(
+                q, begin_q, q_token, rows, len_q, k, begin_k, k_token, keys, len_k,
+                HEAD_DIM, CHUNK, PRECISION,
+            )  # fmt: skip
         if MASKED:
             s_QK = tl.where(keys[None, :] < visible[:, None], s_QK, float("-inf"))
         new_top = tl.maximum(top, tl.max(s_QK, 1))
@@ -111,7 +137,7 @@ def forward(
     num_sequences, total_q, total_k, max_q, max_k, num_heads, num_kv_heads,
     q_token, q_head, k_token, k_head, v_token, v_head, scale, scale_log2,
     CAUSAL: tl.constexpr, PREFIX: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs: (query blocks of each sequence, heads)."""
     blocks = tl.cdiv(max_q, BLOCK_Q)
@@ -128,7 +154,9 @@ def forward(
     v += kv_head.to(tl.int64) * (v_head * 8)
     rows = first_row + tl.arange(0, BLOCK_Q)
     q += head.to(tl.int64) * (q_head * 8)
-    q_QD = _load_rows(q, begin_q, q_token, rows, len_q, True, HEAD_DIM, BLOCK_D)
+    q_QD = rows
+    if CHUNK == BLOCK_D:
+        q_QD = _load_rows(q, begin_q, q_token, rows, len_q, True, HEAD_DIM, BLOCK_D)
     visible = _visible(rows, len_q, len_k, prefix, CAUSAL)
     seen_by_all = _visible(first_row, len_q, len_k, prefix, CAUSAL) // BLOCK_K * BLOCK_K
     seen_by_all = tl.maximum(seen_by_all, 0)
@@ -137,12 +165,14 @@ def forward(
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc, top, total = _forward_keys(
-        acc, top, total, q_QD, k, v, begin_k, len_k, k_token, v_token, visible, 0, seen_by_all,
-        scale_log2, False, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
+        acc, top, total, q_QD, q, begin_q, q_token, rows, len_q, k, v, begin_k, len_k, k_token,
+        v_token, visible, 0, seen_by_all, scale_log2,
+        False, HEAD_DIM, BLOCK_D, BLOCK_K, CHUNK, PRECISION,
     )  # fmt: skip
     acc, top, total = _forward_keys(
-        acc, top, total, q_QD, k, v, begin_k, len_k, k_token, v_token, visible, seen_by_all,
-        seen_by_any, scale_log2, True, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
+        acc, top, total, q_QD, q, begin_q, q_token, rows, len_q, k, v, begin_k, len_k, k_token,
+        v_token, visible, seen_by_all, seen_by_any, scale_log2,
+        True, HEAD_DIM, BLOCK_D, BLOCK_K, CHUNK, PRECISION,
     )  # fmt: skip
     seen = total != 0
     divisor = tl.where(seen, total, 1.0)
@@ -155,20 +185,32 @@ def forward(
 
 @triton.jit
 def _dq_keys(
-    dq, q, grad, lse_log2, delta, k, v, begin_k, len_k, k_token, v_token, visible, first, last,
-    scale_log2,
+    dq, q_QD, grad_QD, lse_log2, delta, q, grad_out, begin_q, q_token, dense, rows, len_q,
+    k, v, begin_k, len_k, k_token, v_token, visible, first, last, scale_log2,
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in range(first, last, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
         k_KD = _load_rows(k, begin_k, k_token, keys, len_k, MASKED, HEAD_DIM, BLOCK_D)
-        v_KD = _load_rows(v, begin_k, v_token, keys, len_k, MASKED, HEAD_DIM, BLOCK_D)
-        s_QK = tl.dot(q, tl.trans(k_KD), input_precision=PRECISION) * scale_log2
+        if CHUNK == BLOCK_D:
+            v_KD = _load_rows(v, begin_k, v_token, keys, len_k, MASKED, HEAD_DIM, BLOCK_D)
+            s_QK = tl.dot(q_QD, tl.trans(k_KD), input_precision=PRECISION) * scale_log2
+        else:
+            s_QK = scale_log2 * _dot_rows(
+                q, begin_q, q_token, rows, len_q, k, begin_k, k_token, keys, len_k,
+                HEAD_DIM, CHUNK, PRECISION,
+            )  # fmt: skip
         p_QK = tl.exp2(s_QK - lse_log2[:, None])
         if MASKED:
             p_QK = tl.where(keys[None, :] < visible[:, None], p_QK, 0.0)
-        dp_QK = tl.dot(grad, tl.trans(v_KD), input_precision=PRECISION)
+        if CHUNK == BLOCK_D:
+            dp_QK = tl.dot(grad_QD, tl.trans(v_KD), input_precision=PRECISION)
+        else:
+            dp_QK = _dot_rows(
+                grad_out, begin_q, dense, rows, len_q, v, begin_k, v_token, keys, len_k,
+                HEAD_DIM, CHUNK, PRECISION,
+            )  # fmt: skip
         ds_QK = p_QK * (dp_QK - delta[:, None])
         dq = tl.dot(ds_QK.to(k_KD.dtype), k_KD, dq, input_precision=PRECISION)
     return dq
@@ -181,7 +223,7 @@ def backward_queries(
     q_token, q_head, k_token, k_head, v_token, v_head, scale, scale_log2,
     HAS_GRAD_LSE: tl.constexpr,
     CAUSAL: tl.constexpr, PREFIX: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta = rowsum(dO * out) - dlse for backward_keys. Programs as in forward."""
     blocks = tl.cdiv(max_q, BLOCK_Q)
@@ -196,7 +238,9 @@ def backward_queries(
     rows = first_row + tl.arange(0, BLOCK_Q)
     dense = num_heads * (HEAD_DIM // 8)
     q += head.to(tl.int64) * (q_head * 8)
-    q_QD = _load_rows(q, begin_q, q_token, rows, len_q, True, HEAD_DIM, BLOCK_D)
+    q_QD = rows
+    if CHUNK == BLOCK_D:
+        q_QD = _load_rows(q, begin_q, q_token, rows, len_q, True, HEAD_DIM, BLOCK_D)
     out += head.to(tl.int64) * HEAD_DIM
     grad_out += head.to(tl.int64) * HEAD_DIM
     out_QD = _load_rows(out, begin_q, dense, rows, len_q, True, HEAD_DIM, BLOCK_D)
@@ -218,12 +262,14 @@ def backward_queries(
     seen_by_any = _visible(tl.minimum(first_row + BLOCK_Q, len_q) - 1, len_q, len_k, prefix, CAUSAL)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     acc = _dq_keys(
-        acc, q_QD, grad_QD, lse_log2, row_delta, k, v, begin_k, len_k, k_token, v_token, visible,
-        0, seen_by_all, scale_log2, False, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
+        acc, q_QD, grad_QD, lse_log2, row_delta, q, grad_out, begin_q, q_token, dense, rows, len_q,
+        k, v, begin_k, len_k, k_token, v_token, visible, 0, seen_by_all, scale_log2,
+        False, HEAD_DIM, BLOCK_D, BLOCK_K, CHUNK, PRECISION,
     )  # fmt: skip
     acc = _dq_keys(
-        acc, q_QD, grad_QD, lse_log2, row_delta, k, v, begin_k, len_k, k_token, v_token, visible,
-        seen_by_all, seen_by_any, scale_log2, True, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
+        acc, q_QD, grad_QD, lse_log2, row_delta, q, grad_out, begin_q, q_token, dense, rows, len_q,
+        k, v, begin_k, len_k, k_token, v_token, visible, seen_by_all, seen_by_any, scale_log2,
+        True, HEAD_DIM, BLOCK_D, BLOCK_K, CHUNK, PRECISION,
     )  # fmt: skip
     dq += head.to(tl.int64) * HEAD_DIM
     _store_rows(dq, begin_q, dense, rows, len_q, acc * scale + poison, HEAD_DIM, BLOCK_D)
@@ -231,10 +277,10 @@ def backward_queries(
 
 @triton.jit
 def _dkv_queries(
-    dk, dv, k, v, keys, q, grad_out, lse, delta, begin_q, len_q, len_k, prefix, q_token, dense,
-    first_row, scale_log2,
+    dk, dv, k_KD, v_KD, k, v, begin_k, k_token, v_token, keys, q, grad_out, lse, delta, begin_q,
+    len_q, len_k, prefix, q_token, dense, first_row, scale_log2,
     CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Query blocks from first_row on."""
     for start in range(first_row, len_q, BLOCK_Q):
@@ -244,13 +290,25 @@ def _dkv_queries(
         lse_log2 = tl.load(lse + begin_q + rows, mask=rows < len_q, other=0.0) / _LN_2
         lse_log2 = tl.where(lse_log2 == float("-inf"), 0.0, lse_log2)
         row_delta = tl.load(delta + begin_q + rows, mask=rows < len_q, other=0.0)
-        s_KQ = tl.dot(k, tl.trans(q_QD), input_precision=PRECISION) * scale_log2
+        if CHUNK == BLOCK_D:
+            s_KQ = tl.dot(k_KD, tl.trans(q_QD), input_precision=PRECISION) * scale_log2
+        else:
+            s_KQ = scale_log2 * _dot_rows(
+                k, begin_k, k_token, keys, len_k, q, begin_q, q_token, rows, len_q,
+                HEAD_DIM, CHUNK, PRECISION,
+            )  # fmt: skip
         p_KQ = tl.exp2(s_KQ - lse_log2[None, :])
         if CAUSAL:
             visible = _visible(rows, len_q, len_k, prefix, CAUSAL)
             p_KQ = tl.where(keys[:, None] < visible[None, :], p_KQ, 0.0)
         dv = tl.dot(p_KQ.to(grad_QD.dtype), grad_QD, dv, input_precision=PRECISION)
-        dp_KQ = tl.dot(v, tl.trans(grad_QD), input_precision=PRECISION)
+        if CHUNK == BLOCK_D:
+            dp_KQ = tl.dot(v_KD, tl.trans(grad_QD), input_precision=PRECISION)
+        else:
+            dp_KQ = _dot_rows(
+                v, begin_k, v_token, keys, len_k, grad_out, begin_q, dense, rows, len_q,
+                HEAD_DIM, CHUNK, PRECISION,
+            )  # fmt: skip
         ds_KQ = p_KQ * (dp_KQ - row_delta[None, :])
         dk = tl.dot(ds_KQ.to(q_QD.dtype), q_QD, dk, input_precision=PRECISION)
     return dk, dv
@@ -262,7 +320,7 @@ def backward_keys(
     num_sequences, total_q, total_k, max_q, max_k, num_heads, num_kv_heads,
     q_token, q_head, k_token, k_head, v_token, v_head, scale, scale_log2,
     CAUSAL: tl.constexpr, PREFIX: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv, over all query heads that read a key head. Programs: (key blocks of each sequence,
     key heads). Scores are transposed, so that the weights are a left operand in registers."""
@@ -278,8 +336,11 @@ def backward_keys(
     keys = first_key + tl.arange(0, BLOCK_K)
     k += kv_head.to(tl.int64) * (k_head * 8)
     v += kv_head.to(tl.int64) * (v_head * 8)
-    k_KD = _load_rows(k, begin_k, k_token, keys, len_k, True, HEAD_DIM, BLOCK_D)
-    v_KD = _load_rows(v, begin_k, v_token, keys, len_k, True, HEAD_DIM, BLOCK_D)
+    k_KD = keys
+    v_KD = keys
+    if CHUNK == BLOCK_D:
+        k_KD = _load_rows(k, begin_k, k_token, keys, len_k, True, HEAD_DIM, BLOCK_D)
+        v_KD = _load_rows(v, begin_k, v_token, keys, len_k, True, HEAD_DIM, BLOCK_D)
     first_row = 0  # queries before it see none of these keys
     if CAUSAL:
         first_row = tl.maximum(first_key - (len_k - len_q), 0) // BLOCK_Q * BLOCK_Q
@@ -296,9 +357,9 @@ def backward_keys(
         lse_of = lse + head * total_q
         delta_of = delta + head * total_q
         dk_KD, dv_KD = _dkv_queries(
-            dk_KD, dv_KD, k_KD, v_KD, keys, q_of, grad_of, lse_of, delta_of, begin_q, len_q,
-            len_k, prefix, q_token, dense, first_row, scale_log2,
-            CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION,
+            dk_KD, dv_KD, k_KD, v_KD, k, v, begin_k, k_token, v_token, keys, q_of, grad_of, lse_of,
+            delta_of, begin_q, len_q, len_k, prefix, q_token, dense, first_row, scale_log2,
+            CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_Q, CHUNK, PRECISION,
         )  # fmt: skip
     dense_k = num_kv_heads * (HEAD_DIM // 8)
     dk += kv_head.to(tl.int64) * HEAD_DIM

@@ -1,8 +1,8 @@
 """Tile sizes of the Triton kernels, by head size, dtype and the longest sequence.
 
 Chosen from what the compiler says (no spills, shared memory that leaves room for a second block
-where it can): docs/gpu-status.md. Not measured on a GPU yet. float32 above a head size of 64 spills
-whatever the tile, since tf32x3 keeps two parts of every operand: right, but slow.
+where it can): docs/gpu-status.md. Not measured on a GPU yet. In float32 tf32x3 keeps two parts of
+every operand: above a head size of 64 products over it go by chunks, else whatever the tile spills.
 """
 
 from typing import NamedTuple
@@ -11,12 +11,14 @@ import torch
 
 
 class Tile(NamedTuple):
-    """Tokens of a block of queries and of keys, warps, and stages of the load pipeline."""
+    """Tokens of a block of queries and of keys, warps, stages of the load pipeline, and how many
+    values of a head a product takes at a time (0: all)."""
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
+    chunk: int = 0
 
 
 _SHORT = 64  # tokens: one block holds the whole sequence
@@ -30,8 +32,8 @@ _TILES: dict[tuple[str, int], dict[int, Tile]] = {
     },
     ("forward", 4): {
         64: Tile(64, 32, 4, 2),
-        128: Tile(64, 16, 4, 2),
-        256: Tile(64, 16, 8, 2),
+        128: Tile(32, 32, 8, 1, 64),
+        256: Tile(32, 32, 8, 1, 64),
     },
     ("backward_queries", 2): {
         64: Tile(64, 64, 4, 2),
@@ -40,8 +42,8 @@ _TILES: dict[tuple[str, int], dict[int, Tile]] = {
     },
     ("backward_queries", 4): {
         64: Tile(64, 32, 4, 2),
-        128: Tile(64, 16, 4, 1),
-        256: Tile(32, 32, 4, 1),
+        128: Tile(32, 32, 8, 1, 32),
+        256: Tile(16, 64, 8, 1, 64),
     },
     ("backward_keys", 2): {
         64: Tile(64, 64, 4, 2),
@@ -50,8 +52,8 @@ _TILES: dict[tuple[str, int], dict[int, Tile]] = {
     },
     ("backward_keys", 4): {
         64: Tile(32, 64, 8, 1),
-        128: Tile(16, 64, 8, 1),
-        256: Tile(16, 32, 8, 1),
+        128: Tile(64, 16, 8, 1, 64),
+        256: Tile(32, 16, 8, 1, 64),
     },
 }
 

@@ -46,6 +46,7 @@ CASES: list[tuple[str, tuple[Any, ...], str]] = [
     ("moe_plan", (INDICES, 3, 0), "alignment must be at least 1, got 0"),
     ("moe_plan", (INDICES, 3, 16, 0), "capacity must be at least 1, got 0"),
     ("moe_plan", (INDICES, 3, 2**31), "at most 2147483647 rows"),
+    ("moe_plan", (INDICES[:0], 2**31, 1), "at most 2147483647 rows"),
     ("moe_plan", (INDICES, 2), "indices must be from 0 to 1, got 2"),
     ("moe_plan", (changed(INDICES, (2, 1), -1), 3), "indices must be from 0 to 2, got -1"),
     ("moe_permute", (X.int(), ROWS, SLOTS), "x must be float32 or bfloat16"),

@@ -35,6 +35,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "scale": {"lengths_q": (17, 8), "scale": -0.3, "head_dim": 8},
     "one row": {"lengths_q": (1,), "head_dim": 128},
     "head_dim 256": {"lengths_q": (9, 17), "head_dim": 256},
+    "head_dim of a chunk and a part": {
+        "lengths_q": (5, 40),
+        "lengths_k": (35, 33),
+        "causal": True,
+        "prefixes": (2, 30),
+        "heads": (2, 1),
+        "head_dim": 72,
+    },
 }
 # What crosses the native provider's blocks: 96 queries, 768 of a task, 640 and 256 keys.
 LARGE: dict[str, dict[str, Any]] = {
