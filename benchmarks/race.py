@@ -50,41 +50,20 @@ def race(
     side's results to one layout.
     """
     torch.compiler.reset()  # one case's compiled functions are of no use to another
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-
-    def call_s(name: str) -> float:
-        began = clock()
-        sides[name]()
-        return clock() - began
-
     _require_same(sides, comparable or {}, tolerance)
     memory: dict[str, float] = {}
     once_s: dict[str, float] = {}
-    for name in sides:
-        memory[name] = extra_mb(lambda name=name: once_s.update({name: call_s(name)}))
-    took: dict[str, list[float]] = {name: [] for name in sides}
-
-    def turn(name: str) -> None:
-        if once_s[name] < _SHORT_S:  # touch again what another side gave back to the system
-            sides[name]()
-        took[name].append(call_s(name))
-
-    def others() -> None:
-        for name in sides:
-            if name != OURS:
-                turn(name)
-
-    rounds = min(max(int(_BUDGET_S / 2 / sum(once_s.values())), 3), 15)
-    benchmark.pedantic(lambda: turn(OURS), setup=others, rounds=rounds)
+    for name, side in sides.items():
+        memory[name] = extra_mb(lambda n=name, s=side: once_s.update({n: _call_s(s)}))
+    took = _take_turns(benchmark, sides, once_s)
     median_s = {name: statistics.median(times) for name, times in took.items()}
     work = list(work)
     benchmark.extra_info.update(
         row(op, case, size, unit, backward, left_out),
-        clock="core" if clock is time.process_time else "wall",
         seconds={name: _rounded(value) for name, value in median_s.items()},
         ratio={
-            name: round(statistics.median(map(_over, took[name], took[OURS])), 2)
-            for name in sides
+            name: round(statistics.median(map(_over, times, took[OURS])), 2)
+            for name, times in took.items()
             if name != OURS
         },
         extra_mb={name: round(value, 1) for name, value in memory.items()},
@@ -105,6 +84,7 @@ def row(
         "size": size,
         "unit": unit,
         "num_threads": torch.get_num_threads(),
+        "clock": "core" if torch.get_num_threads() == 1 else "wall",
         "left_out": dict(left_out),
     }
 
@@ -128,6 +108,33 @@ def _require_same(
         for index, (their, our) in enumerate(zip(results(name), ours, strict=True)):
             error = (their - our).norm().item() / max(our.norm().item(), 1e-3 * total)
             assert error <= tolerance, f"result {index} of {name} is off by {error:.2e} of ours"
+
+
+def _take_turns(
+    benchmark: Any, sides: Mapping[str, Side], once_s: Mapping[str, float]
+) -> dict[str, list[float]]:
+    took: dict[str, list[float]] = {name: [] for name in sides}
+
+    def turn(name: str) -> None:
+        if once_s[name] < _SHORT_S:  # touch again what another side gave back to the system
+            sides[name]()
+        took[name].append(_call_s(sides[name]))
+
+    def others() -> None:
+        for name in sides:
+            if name != OURS:
+                turn(name)
+
+    rounds = min(max(int(_BUDGET_S / 2 / sum(once_s.values())), 3), 15)
+    benchmark.pedantic(lambda: turn(OURS), setup=others, rounds=rounds)
+    return took
+
+
+def _call_s(side: Side) -> float:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
+    side()
+    return clock() - began
 
 
 def _over(theirs: float, ours: float) -> float:
