@@ -20,22 +20,24 @@ from peers.compiling import compiled
 Routing = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 Permute = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]]
 Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
-PLAIN = ("gathering", "scattering")
 
 
 def available(device: str) -> dict[str, Routing]:
-    """The peers by name; all run on any device."""
+    """The peers that run on `device`, by name."""
     combines: dict[str, Combine] = {"gathering": _gathered, "scattering": _scattered}
-    plain = {name: _routing(_permuted, combine) for name, combine in combines.items()}
-    return plain | {
-        f"{name} compiled": _routing(compiled(_permuted), compiled(combine))
-        for name, combine in combines.items()
-    }
+    peers = {name: _routing(_permuted, combine) for name, combine in combines.items()}
+    for name, combine in combines.items():
+        peers[f"{name} compiled"] = _routing(compiled(_permuted), compiled(combine))
+    left_out = missing(device)
+    return {name: peer for name, peer in peers.items() if name not in left_out}
 
 
 def missing(device: str) -> dict[str, str]:
-    """Why a peer cannot run here, by name."""
-    return {}
+    """Why a peer is not run here, by name."""
+    if device.startswith("cuda"):
+        return {}
+    slower = "on the CPU `scattering compiled` has been at least as fast, and compiling is slow"
+    return {"gathering compiled": slower}
 
 
 def _routing(permute: Permute, combine: Combine) -> Routing:
