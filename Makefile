@@ -8,8 +8,9 @@ TORCH_VERSION ?= 2.13.0
 TRITON_VERSION ?= 3.6.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 QUICKSTART := recipes/emoji_quickstart.yaml
+OPERATORS := contrastive packed_attention moe_routing fp8_cast image_normalize
 
-.PHONY: help install install-dev quickstart test asan lint bench bench-env bench-peers prove-kill prove-fp8 clean
+.PHONY: help install install-dev quickstart test asan lint bench-cpu bench-table bench-env bench-peers prove-kill prove-fp8 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,19 +63,17 @@ lint: install-dev  ## format and lint in place
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
-# Benchmarks without peers; needs nothing beside the project.
-bench: install-dev  ## speed of the operators (JSON in benchmarks/results)
-	$(BIN)/pip install -q --no-build-isolation -e ".[bench]"
-	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_image_normalize.py \
-	  --benchmark-json=benchmarks/results/image_normalize.json
-	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_contrastive.py \
-	  --benchmark-json=benchmarks/results/contrastive.json
-	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_fp8_cast.py \
-	  --benchmark-json=benchmarks/results/fp8_cast.json
-	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_packed_attention.py \
-	  --benchmark-json=benchmarks/results/packed_attention.json
-	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks/test_moe_routing.py \
-	  --benchmark-json=benchmarks/results/moe_routing.json
+# The operators against every peer that runs on a CPU, on one torch; some twelve minutes on two cores.
+bench-cpu: bench-env  ## speed and memory of the operators: a table with the bars (JSON, PNG)
+	@set -e; for op in $(OPERATORS); do \
+	  .venv-bench/bin/python -m pytest -c benchmarks/pytest.ini benchmarks/test_$$op.py \
+	    --benchmark-quiet --benchmark-json=benchmarks/results/$$op.json; \
+	done
+	@.venv-bench/bin/python benchmarks/plots.py
+	@$(PYTHON) benchmarks/table.py
+
+bench-table:  ## that table from the results in the checkout
+	@$(PYTHON) benchmarks/table.py
 
 # Against OpenCLIP, webdataset and a bare loop, on Flickr8k and the emoji set; about half an hour.
 bench-peers: bench-env  ## speed and final loss against peers (JSON in benchmarks/results)

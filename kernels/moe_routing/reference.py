@@ -209,15 +209,25 @@ def _grouped(x_RD: Tensor, weights_EDF: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([*segments, rest])
 
 
-def cost(num_tokens: int, num_experts: int, k: int, width: int, size_bytes: int) -> Cost:
+def cost(
+    num_tokens: int,
+    num_experts: int,
+    k: int,
+    width: int,
+    size_bytes: int,
+    *,
+    backward: bool = True,
+) -> Cost:
     """Least work of topk, plan, permute and unpermute, forward and backward, without padding.
 
     Logits are read twice and their gradient written once; x, the result and both gradients of
     them pass once; rows are written twice (permuted, gradient) and read three times (unpermute,
-    its gradient of the weights, permute's backward).
+    its gradient of the weights, permute's backward). Without `backward` only what the forward
+    pass does: logits once, x and the result, rows written and read once.
     """
-    logits = 3 * num_tokens * num_experts * size_bytes
-    tokens = 4 * num_tokens * width * size_bytes
-    rows = 5 * num_tokens * k * width * size_bytes
-    maps = 12 * num_tokens * k * 4
-    return Cost(flops=8.0 * num_tokens * k * width, size_bytes=float(logits + tokens + rows + maps))
+    logits = (3 if backward else 1) * num_tokens * num_experts * size_bytes
+    tokens = (4 if backward else 2) * num_tokens * width * size_bytes
+    rows = (5 if backward else 2) * num_tokens * k * width * size_bytes
+    maps = (12 if backward else 6) * num_tokens * k * 4
+    flops = (8.0 if backward else 2.0) * num_tokens * k * width
+    return Cost(flops=flops, size_bytes=float(logits + tokens + rows + maps))
