@@ -67,6 +67,9 @@ OPS: Mapping[str, Op] = MappingProxyType(
             ),
             _op("contrastive"),
             _op("contrastive_sigmoid", "contrastive"),
+            # What their autograd formulas call, and a loss whose columns come in chunks.
+            _op("contrastive_backward", "contrastive"),
+            _op("contrastive_sigmoid_backward", "contrastive"),
             _op("packed_attention"),
             # What the autograd formula of the one before calls.
             _op("packed_attention_backward", "packed_attention"),

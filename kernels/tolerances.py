@@ -35,6 +35,11 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     # As above; the losses are sums of positive terms.
     ("contrastive_sigmoid", torch.float32): Tolerance(atol=1e-6, rtol=1e-5),
     ("contrastive_sigmoid", torch.bfloat16): Tolerance(atol=1e-6, rtol=2.0**-7),
+    # The gradients among the results above, by the same arithmetic.
+    ("contrastive_backward", torch.float32): Tolerance(atol=1e-6, rtol=1e-5),
+    ("contrastive_backward", torch.bfloat16): Tolerance(atol=1e-6, rtol=2.0**-7),
+    ("contrastive_sigmoid_backward", torch.float32): Tolerance(atol=1e-6, rtol=1e-5),
+    ("contrastive_sigmoid_backward", torch.bfloat16): Tolerance(atol=1e-6, rtol=2.0**-7),
     # For values of size at most 4, as a normalised layer gives, and the default scale. A score is a
     # sum of head_dim products: about sqrt(256) roundings of partial sums of size under 16, so
     # 16 * 16 * 2^-24 = 1.5e-5, at most, and 1 / 4 of it where scores are of usual size. That is the

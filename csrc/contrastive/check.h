@@ -32,8 +32,7 @@ inline void check_vector(const char* op, const char* what, const at::Tensor& val
 }
 
 inline void check_pairs(const char* op, const at::Tensor& rows, const at::Tensor& columns,
-                        const at::Tensor& scale, int64_t first_column,
-                        const std::optional<at::Tensor>& row_ids,
+                        const at::Tensor& scale, const std::optional<at::Tensor>& row_ids,
                         const std::optional<at::Tensor>& column_ids) {
   TORCH_CHECK_VALUE(rows.dim() == 2 && columns.dim() == 2 && rows.size(1) == columns.size(1), op,
                     ": rows and columns must have the shapes (N, D) and (M, D), got ", rows.sizes(),
@@ -44,11 +43,6 @@ inline void check_pairs(const char* op, const at::Tensor& rows, const at::Tensor
       ": rows and columns must both be float32 or both bfloat16, got ", dtype, " and ",
       columns.scalar_type());
   check_one(op, "scale", scale);
-  const int64_t most = columns.size(0) - rows.size(0);
-  TORCH_CHECK_VALUE(0 <= first_column && first_column <= most, op,
-                    ": row i matches column first_column + i, so first_column must be from 0 to "
-                    "M - N = ",
-                    most, ", got ", first_column);
   TORCH_CHECK_VALUE(row_ids.has_value() == column_ids.has_value(), op,
                     ": give row_ids and column_ids, or neither");
   check_ids(op, "row_ids", row_ids, rows.size(0));

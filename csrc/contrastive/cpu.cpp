@@ -59,13 +59,13 @@ struct ColumnSums {
 Reductions contrastive(const at::Tensor& rows, const at::Tensor& columns, const at::Tensor& scale,
                        int64_t first_column, const std::optional<at::Tensor>& row_ids,
                        const std::optional<at::Tensor>& column_ids, bool with_sums) {
-  check_pairs("contrastive", rows, columns, scale, first_column, row_ids, column_ids);
+  check_pairs("contrastive", rows, columns, scale, row_ids, column_ids);
   const Pairs pairs(rows, columns, *scale.const_data_ptr<float>(), 0.0f, first_column, row_ids,
                     column_ids);
   const int64_t n = pairs.num_rows, m = pairs.num_columns;
   const auto options = rows.options().dtype(at::kFloat);
   at::Tensor row_lse = at::empty({n}, options), column_lse = at::empty({m}, options);
-  at::Tensor positive = at::empty({n}, options);
+  at::Tensor positive = at::zeros({n}, options);
   at::Tensor row_sum = at::zeros({with_sums ? n : 0}, options);
   at::Tensor column_sum = at::zeros({with_sums ? m : 0}, options);
   float* positives = positive.mutable_data_ptr<float>();
@@ -112,7 +112,7 @@ at::Tensor contrastive_sigmoid(const at::Tensor& rows, const at::Tensor& columns
                                const at::Tensor& scale, const at::Tensor& bias,
                                int64_t first_column, const std::optional<at::Tensor>& row_ids,
                                const std::optional<at::Tensor>& column_ids) {
-  check_pairs("contrastive_sigmoid", rows, columns, scale, first_column, row_ids, column_ids);
+  check_pairs("contrastive_sigmoid", rows, columns, scale, row_ids, column_ids);
   check_one("contrastive_sigmoid", "bias", bias);
   const Pairs pairs(rows, columns, *scale.const_data_ptr<float>(), *bias.const_data_ptr<float>(),
                     first_column, row_ids, column_ids);
@@ -166,7 +166,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
     const std::optional<at::Tensor>& row_sum_grad,
     const std::optional<at::Tensor>& column_sum_grad) {
   const char* op = "contrastive_backward";
-  check_pairs(op, rows, columns, scale, first_column, row_ids, column_ids);
+  check_pairs(op, rows, columns, scale, row_ids, column_ids);
   const int64_t n = rows.size(0), m = columns.size(0);
   check_vector(op, "row_lse", row_lse, n);
   check_vector(op, "column_lse", column_lse, m);
@@ -223,7 +223,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_sigmoid_b
     const at::Tensor& bias, int64_t first_column, const std::optional<at::Tensor>& row_ids,
     const std::optional<at::Tensor>& column_ids, const at::Tensor& row_loss_grad) {
   const char* op = "contrastive_sigmoid_backward";
-  check_pairs(op, rows, columns, scale, first_column, row_ids, column_ids);
+  check_pairs(op, rows, columns, scale, row_ids, column_ids);
   check_one(op, "bias", bias);
   check_vector(op, "row_loss_grad", row_loss_grad, rows.size(0));
   const float factor = *scale.const_data_ptr<float>();

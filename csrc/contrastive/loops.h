@@ -171,14 +171,15 @@ void clear_edge(const Tile& tile, float* weights) {
 float softmax_weights(const Tile& tile, float* logits, const Gradients& by) {
   const float shift = largest_logit(logits, tile.num_rows);
   bool shared = shift != kLeftOut;
-  alignas(64) float row_factor[kRowTile];
+  alignas(64) float row_factor[kRowTile] = {};
   alignas(64) float column_factor[kColumnTile] = {};
   for (int64_t i = 0; i < tile.num_rows && shared; ++i) {
+    if (by.row_lse[i] == kLeftOut) continue;  // so are all its logits: the two must not meet
     shared = std::abs(shift - by.row_lse[i]) <= kWidestShift;
     row_factor[i] = by.row_lse_grad[i] * std::exp(shift - by.row_lse[i]);
   }
   for (int64_t j = 0; j < tile.num_columns && shared; ++j) {
-    if (by.column_lse_grad[j] == 0.0f) continue;
+    if (by.column_lse[j] == kLeftOut) continue;
     shared = std::abs(shift - by.column_lse[j]) <= kWidestShift;
     column_factor[j] = by.column_lse_grad[j] * std::exp(shift - by.column_lse[j]);
   }
@@ -186,7 +187,7 @@ float softmax_weights(const Tile& tile, float* logits, const Gradients& by) {
   alignas(64) float column_grad[kColumnTile] = {};
   if (!shared) {
     for (int64_t j = 0; j < kColumnTile; ++j) {
-      const bool used = j < tile.num_columns && by.column_lse_grad[j] != 0.0f;
+      const bool used = j < tile.num_columns && by.column_lse[j] != kLeftOut;
       column_lse[j] = used ? by.column_lse[j] : 0.0f;
       column_grad[j] = used ? by.column_lse_grad[j] : 0.0f;
     }
@@ -197,6 +198,9 @@ float softmax_weights(const Tile& tile, float* logits, const Gradients& by) {
     float* line = logits + i * kColumnTile;
     const int64_t match = tile.match(i);
     const float match_logit = match >= 0 ? line[match] : 0.0f;
+    const bool used = by.row_lse[i] != kLeftOut;
+    const float row_lse = used ? by.row_lse[i] : 0.0f;
+    const float row_grad = used ? by.row_lse_grad[i] : 0.0f;
     Floats total = {};
     for (int64_t j = 0; j < kColumnTile; j += kWidth) {
       const Floats logit = load(line + j);
@@ -204,11 +208,11 @@ float softmax_weights(const Tile& tile, float* logits, const Gradients& by) {
       if (shared) {
         weight = exponential(logit - shift) * (row_factor[i] + load(column_factor + j));
       } else {
-        // A column that is not used may have any logit: its exponent is cut, its gradient is zero.
+        // What is not used may have any logit: its exponent is cut, its gradient is zero.
         const Floats limit = broadcast(80.0f);
-        const Floats by_row = logit - by.row_lse[i];
+        const Floats by_row = logit - row_lse;
         const Floats by_column = logit - load(column_lse + j);
-        weight = exponential(by_row > limit ? limit : by_row) * by.row_lse_grad[i] +
+        weight = exponential(by_row > limit ? limit : by_row) * row_grad +
                  exponential(by_column > limit ? limit : by_column) * load(column_grad + j);
       }
       if (by.row_sum_grad != nullptr) {

@@ -29,7 +29,8 @@ class Pairs {
         num_columns(columns.size(0)),
         scale_(scale),
         bias_(bias),
-        first_column_(first_column) {
+        // Further away there is no match either, and sums with it could overflow.
+        first_column_(std::clamp(first_column, -num_rows, num_columns)) {
     rows_ = whole_units(rows);
     columns_ = whole_units(columns);
     dims = rows_.size(1);

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carillon.kernels.contrastive.reference import check
+from carillon.kernels.contrastive.check import check
 
 
 def register(namespace: str) -> None:
@@ -69,7 +69,7 @@ def shapes(
     column_ids_M: Tensor | None = None,
     with_sums: bool = False,
 ) -> tuple[Tensor, ...]:
-    check(rows_ND, columns_MD, scale, None, first_column, row_ids_N, column_ids_M)
+    check("contrastive", rows_ND, columns_MD, scale, None, row_ids_N, column_ids_M)
     n, m = rows_ND.shape[0], columns_MD.shape[0]
     lengths = (n, m, n, n if with_sums else 0, m if with_sums else 0)
     return tuple(rows_ND.new_empty(length, dtype=torch.float32) for length in lengths)
@@ -92,7 +92,7 @@ def sigmoid_shape(
     row_ids_N: Tensor | None = None,
     column_ids_M: Tensor | None = None,
 ) -> Tensor:
-    check(rows_ND, columns_MD, scale, bias, first_column, row_ids_N, column_ids_M)
+    check("contrastive_sigmoid", rows_ND, columns_MD, scale, bias, row_ids_N, column_ids_M)
     return rows_ND.new_empty(rows_ND.shape[0], dtype=torch.float32)
 
 

@@ -20,7 +20,8 @@ import triton
 from torch import Tensor
 
 from carillon.kernels.compile_report import CompileCase
-from carillon.kernels.contrastive.reference import PairReductions, check
+from carillon.kernels.contrastive.check import check, check_both, check_vectors
+from carillon.kernels.contrastive.reference import PairReductions, nearest
 from carillon.kernels.contrastive.triton_kernels import (
     reduce_pairs,
     sigmoid_losses,
@@ -90,14 +91,15 @@ def contrastive(
     with_sums: bool = False,
 ) -> tuple[Tensor, ...]:
     """As the reference."""
-    check(rows, columns, scale, None, first_column, row_ids, column_ids)
+    check("contrastive", rows, columns, scale, None, row_ids, column_ids)
     (n, dims), m = rows.shape, len(columns)
     tiles = tiles_for(rows.dtype, with_extras=row_ids is not None or with_sums)
     groups = _groups(n, m, tiles)
     like = rows.new_empty(0, dtype=torch.float32)
-    if n == 0:
-        nothing, sums = like.new_full((m,), -math.inf), like.new_zeros(m if with_sums else 0)
-        return PairReductions(like, nothing, like.clone(), like.clone(), sums)
+    if n == 0 or m == 0:
+        row_lse, column_lse = (like.new_full((count,), -math.inf) for count in (n, m))
+        row_sum, column_sum = (like.new_zeros(count if with_sums else 0) for count in (n, m))
+        return PairReductions(row_lse, column_lse, like.new_zeros(n), row_sum, column_sum)
     by_row = [like.new_empty((groups.columns, n)) for _ in range(4)]
     row_shifts, row_totals, positive, row_sums = by_row
     column_shifts = like.new_full((groups.rows, m), -math.inf)
@@ -106,7 +108,7 @@ def contrastive(
     reduce_pairs[(groups.rows, groups.columns)](
         rows.contiguous(), columns.contiguous(), scale, *_ids(row_ids, column_ids, rows),
         row_shifts, row_totals, column_shifts, column_totals, positive, row_sums, column_sums,
-        n, m, dims, first_column, groups.row_tiles, groups.column_tiles,
+        n, m, dims, nearest(first_column, n, m), groups.row_tiles, groups.column_tiles,
         WITH_IDS=row_ids is not None, WITH_SUMS=with_sums, **_meta(tiles),
     )  # fmt: skip
     return PairReductions(
@@ -128,18 +130,18 @@ def contrastive_sigmoid(
     column_ids: Tensor | None = None,
 ) -> Tensor:
     """As the reference."""
-    check(rows, columns, scale, bias, first_column, row_ids, column_ids)
+    check("contrastive_sigmoid", rows, columns, scale, bias, row_ids, column_ids)
     (n, dims), m = rows.shape, len(columns)
     tiles = tiles_for(rows.dtype, with_extras=row_ids is not None)
     row_tiles, column_tiles = triton.cdiv(n, tiles.rows), triton.cdiv(m, tiles.columns)
-    if n == 0:
-        return rows.new_zeros(0, dtype=torch.float32)
+    if n == 0 or m == 0:
+        return rows.new_zeros(n, dtype=torch.float32)
     num_groups = max(1, min(column_tiles, NUM_PROGRAMS // row_tiles))
     in_group = triton.cdiv(column_tiles, num_groups)
     losses = rows.new_empty((triton.cdiv(column_tiles, in_group), n), dtype=torch.float32)
     sigmoid_losses[(row_tiles, len(losses))](
         rows.contiguous(), columns.contiguous(), scale, bias, *_ids(row_ids, column_ids, rows),
-        losses, n, m, dims, first_column, in_group,
+        losses, n, m, dims, nearest(first_column, n, m), in_group,
         WITH_IDS=row_ids is not None, **_meta(tiles),
     )  # fmt: skip
     return losses.sum(0)
@@ -200,8 +202,18 @@ def contrastive_backward(
     column_sum_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by rows, columns and scale."""
-    check(rows, columns, scale, None, first_column, row_ids, column_ids)
+    op = "contrastive_backward"
+    check(op, rows, columns, scale, None, row_ids, column_ids)
     (n, dims), m = rows.shape, len(columns)
+    check_vectors(
+        op, rows, n, row_lse=row_lse, row_lse_grad=row_lse_grad, positive_grad=positive_grad,
+        row_sum_grad=row_sum_grad,
+    )  # fmt: skip
+    check_vectors(
+        op, rows, m, column_lse=column_lse, column_lse_grad=column_lse_grad,
+        column_sum_grad=column_sum_grad,
+    )  # fmt: skip
+    check_both(op, row_sum_grad, column_sum_grad)
     work = _Gradients(rows, columns, with_extras=row_ids is not None or row_sum_grad is not None)
     by_scale = rows.new_zeros(1, dtype=torch.float32)
     given = (row_lse, column_lse, row_lse_grad, column_lse_grad, positive_grad)
@@ -211,8 +223,8 @@ def contrastive_backward(
         weighted = rows.new_empty(grid, dtype=torch.float32)
         softmax_weights[grid](
             work.rows, work.columns, scale, *_ids(row_ids, column_ids, rows), *vectors,
-            weights, weighted, of_rows.start, of_columns.start, n, m, dims, first_column,
-            weights.shape[1],
+            weights, weighted, of_rows.start, of_columns.start, n, m, dims,
+            nearest(first_column, n, m), weights.shape[1],
             WITH_IDS=row_ids is not None, WITH_SUMS=row_sum_grad is not None, **_meta(work.tiles),
         )  # fmt: skip
         by_scale += weighted.sum()
@@ -230,7 +242,9 @@ def contrastive_sigmoid_backward(
     row_loss_grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients by rows, columns, scale and bias."""
-    check(rows, columns, scale, bias, first_column, row_ids, column_ids)
+    op = "contrastive_sigmoid_backward"
+    check(op, rows, columns, scale, bias, row_ids, column_ids)
+    check_vectors(op, rows, len(rows), row_loss_grad=row_loss_grad)
     (n, dims), m = rows.shape, len(columns)
     work = _Gradients(rows, columns, with_extras=row_ids is not None)
     by_scale = rows.new_zeros(1, dtype=torch.float32)
@@ -241,7 +255,8 @@ def contrastive_sigmoid_backward(
         sigmoid_weights[grid](
             work.rows, work.columns, scale, bias, *_ids(row_ids, column_ids, rows),
             row_loss_grad.contiguous(), weights, weighted, totals,
-            of_rows.start, of_columns.start, n, m, dims, first_column, weights.shape[1],
+            of_rows.start, of_columns.start, n, m, dims, nearest(first_column, n, m),
+            weights.shape[1],
             WITH_IDS=row_ids is not None, **_meta(work.tiles),
         )  # fmt: skip
         by_scale += weighted.sum()

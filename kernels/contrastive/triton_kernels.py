@@ -170,9 +170,10 @@ def softmax_weights(
     lse_M = tl.load(column_lse + at_M, mask=at_M < m, other=0.0) * LOG2_E
     grad_N = tl.load(row_lse_grad + at_N, mask=at_N < n, other=0.0)
     grad_M = tl.load(column_lse_grad + at_M, mask=at_M < m, other=0.0)
-    # A column without a gradient may have any log-sum-exp, -inf included: its power is cut.
+    # Where a log-sum-exp is -inf all its powers are: the two must not meet.
+    lse_N = tl.where(lse_N == LEFT_OUT, 0.0, lse_N)
+    lse_M = tl.where(lse_M == LEFT_OUT, 0.0, lse_M)
     by_row = tl.exp2(tl.minimum(powers - lse_N[:, None], 60.0)) * grad_N[:, None]
-    lse_M = tl.where(grad_M == 0.0, 0.0, lse_M)
     by_column = tl.exp2(tl.minimum(powers - lse_M[None, :], 60.0)) * grad_M[None, :]
     values = by_row + by_column
     if WITH_SUMS:
