@@ -83,10 +83,11 @@ def test_unpermute(
         assert_close("moe_unpermute", got, exact)
 
 
+@pytest.mark.parametrize("width", [3200, 3232])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_wide_and_large_rows(dtype: torch.dtype) -> None:
-    """Several blocks of columns, and results large enough to be written past the caches."""
-    num_tokens, k, width = 700, 2, 3200
+def test_wide_and_large_rows(instruction_set: str, dtype: torch.dtype, width: int) -> None:
+    """Results large enough to be written past the caches, also where a step is not whole lines."""
+    num_tokens, k = 700, 2
     maps = plan_of(num_tokens, 5, k, None)
     x = randn(num_tokens, width, dtype=dtype)
     rows = resolve("moe_permute", "cpu", "native")(x, *maps)
@@ -102,6 +103,24 @@ def test_wide_and_large_rows(dtype: torch.dtype) -> None:
     assert rows.grad is not None
     weight_R = weights.detach().flatten()[maps[0].clamp(min=0)] * (maps[0] >= 0)
     assert_close("moe_unpermute", rows.grad, grad.double()[token_R] * weight_R.double()[:, None])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 3, 16, 31, 64, 67, 131])
+def test_every_width_beside_a_vector(instruction_set: str, dtype: torch.dtype, width: int) -> None:
+    num_tokens, k = 5, 3
+    maps = plan_of(num_tokens, 4, k, None)
+    rows = randn(len(maps[0]), width, dtype=dtype)
+    weights, grad = randn(num_tokens, k, seed=2), randn(num_tokens, width, dtype=dtype, seed=3)
+    out = resolve("moe_unpermute", "cpu", "native")(rows, weights, *maps)
+    row_TK = maps[1].long()
+    taken_TKD = rows.double()[row_TK]
+    assert_close("moe_unpermute", out, (taken_TKD * weights[..., None]).sum(1))
+    backward = torch.ops.carillon.moe_unpermute_backward
+    grad_rows, grad_weights = backward(grad, rows, weights, *maps)
+    wanted = weights.double()[..., None] * grad.double()[:, None]
+    assert_close("moe_unpermute", grad_rows[row_TK], wanted)
+    assert_close("moe_unpermute", grad_weights, (taken_TKD * grad.double()[:, None]).sum(2))
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
