@@ -5,16 +5,28 @@ move: every picture read once and every value written once. Output buffers are f
 as in training, so past the allocator's limit of 32 MiB page faults are part of the time.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from peers.image_normalize import composition
+from torch import Tensor
 
 from carillon.kernels.table import OPS, resolve
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def composition(
+    images_NHWC: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """The least torch needs: one converting copy, one multiply-add in place, one cast."""
+    scale = 1 / (255 * torch.tensor(std).view(3, 1, 1))
+    shift = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1)
+    planes = images_NHWC.permute(0, 3, 1, 2)
+    out = planes.to(torch.float32, memory_format=torch.contiguous_format)
+    return torch.addcmul(shift, out, scale, out=out).to(dtype)
 
 
 @pytest.mark.parametrize("provider", [*OPS["image_normalize"].providers["cpu"], "composition"])

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bars import best, in_words, said
 from machine import ROOT, commit, digest
+from verdicts import best, in_words, said
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 STATUS = ROOT / "docs" / "gpu-status.md"

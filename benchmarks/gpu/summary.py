@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bars import best, in_words, judged, said
 from records import read
+from verdicts import best, in_words, judged, said
 
 _TAIL_LINES = 15
 GOOD = ("ok", "unavailable")

@@ -1,7 +1,7 @@
-"""Peers of image_normalize: (images, mean, std, dtype) -> normalised planes.
+"""Peers of image_normalize: (images_NHWC, mean, std, dtype) -> planes.
 
-- `composition`: the least torch needs: one converting copy, one multiply-add in place, one cast.
-- `composition compiled`: the same by torch.compile.
+- `torch`: one converting copy, one multiply-add in place, one cast: the least that torch needs.
+- `torch.compile`: the same, compiled.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Normalize = Callable[[Tensor, Sequence[float], Sequence[float], torch.dtype], Te
 
 def available(device: str) -> dict[str, Normalize]:
     """The peers by name; all run on any device."""
-    return {"composition": composition, "composition compiled": compiled(composition)}
+    return {"torch": composition, "torch.compile": compiled(composition)}
 
 
 def missing(device: str) -> dict[str, str]:
@@ -27,9 +27,9 @@ def missing(device: str) -> dict[str, str]:
 def composition(
     images_NHWC: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
-    deviation = torch.tensor(std, device=images_NHWC.device).view(3, 1, 1)
-    scale = 1 / (255 * deviation)
-    shift = -torch.tensor(mean, device=images_NHWC.device).view(3, 1, 1) / deviation
+    mean_C, std_C = (torch.tensor(one, device=images_NHWC.device) for one in (mean, std))
+    scale = (1 / (255 * std_C)).view(3, 1, 1)
+    shift = (-mean_C / std_C).view(3, 1, 1)
     planes = images_NHWC.permute(0, 3, 1, 2)
     out = planes.to(torch.float32, memory_format=torch.contiguous_format)
     return torch.addcmul(shift, out, scale, out=out).to(dtype)
