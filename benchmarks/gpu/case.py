@@ -31,8 +31,9 @@ class Unavailable(Exception):
 class Bar(NamedTuple):
     """What our best provider must reach in a case.
 
-    `what` is "ms" (at most `limit`), "ratio" (time of `peer` over ours, at least `limit`; of the
-    fastest peer where `peer` is ""), or "bandwidth" (of the side `peer`, at least `limit` of it).
+    `what` is "ms" or "MiB" (of memory in all), at most `limit`; "ratio", the time of `peer` over
+    ours, at least `limit`, of the fastest peer where `peer` is ""; or "bandwidth", at least `limit`
+    of that of the side `peer`.
     """
 
     what: str

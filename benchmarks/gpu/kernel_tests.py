@@ -43,6 +43,8 @@ class Folder:
         counts = {name: sum(x["outcome"] == name for x in ends) for name in OUTCOMES}
         counts["failed"] += len(self.lost)
         skips = {x["said"] for x in ends if x["outcome"] == "skipped"}
+        if status == "finished" and not counts["passed"] + counts["failed"]:
+            status = "no test ran"
         append(
             self.given.records,
             "tests",

@@ -134,7 +134,7 @@ def known_rates(device: str) -> Rates | None:
 
     from carillon.kernels.roofline import chip_named
 
-    if not device.startswith("cuda"):
+    if not device.startswith("cuda") or not torch.cuda.is_available():
         return None
     chip = chip_named(torch.cuda.get_device_name(device))
     return None if chip is None else Rates(*chip)

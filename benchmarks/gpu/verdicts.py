@@ -31,6 +31,10 @@ def judged(rows: list[Row]) -> list[dict[str, Any]]:
 def _judged(bar: Row, ours: Row, rows: list[Row]) -> dict[str, Any]:
     if bar["what"] == "ms":
         return _verdict(ours["median_ms"], ours["median_ms"] <= bar["limit"], ours)
+    if bar["what"] == "MiB":
+        if "peak_mb" not in ours:
+            return {"measured": None, "met": None, "reason": "memory is known on a GPU alone"}
+        return _verdict(ours["peak_mb"], ours["peak_mb"] <= bar["limit"], ours)
     name = bar["peer"]
     other = best((row for row in rows if name in ("", row["side"])), "peer")
     if bar["what"] == "bandwidth":
@@ -59,6 +63,8 @@ def said(row: Row) -> str:
 def in_words(bar: Row) -> str:
     if bar["what"] == "ms":
         return f"at most {bar['limit']:g} ms"
+    if bar["what"] == "MiB":
+        return f"at most {bar['limit']:g} MiB in all"
     of = bar["peer"] or "the fastest peer"
     if bar["what"] == "bandwidth":
         return f"at least {100 * bar['limit']:g}% of the bandwidth of {of}"

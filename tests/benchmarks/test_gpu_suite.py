@@ -94,8 +94,9 @@ def test_what_comes_after_a_bad_end_is_measured(summary: dict[str, Any], side: S
     assert side("faulty", "right")["status"] == "ok"
     assert side("faulty", "slower")["status"] == "ok"
     (case,) = (case for case in summary["cases"] if case["op"] == "faulty")
-    assert [bar["met"] for bar in case["bars"]] == [True, False, None, True]
+    assert [bar["met"] for bar in case["bars"]] == [True, False, None, True, None]
     assert "absent is not installed" in case["bars"][2]["reason"]
+    assert "on a GPU alone" in case["bars"][4]["reason"]
 
 
 def test_a_wrong_result_is_seen(summary: dict[str, Any]) -> None:

@@ -20,7 +20,10 @@ OP = "contrastive"
 SCALE, BIAS = 20.0, -10.0
 # Norms: a loss in float32 of exact bfloat16 products; gradients are rounded to 2^-9 twice.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
-BARS = (Bar("ms", 12.0), Bar("ratio", 5.0, "inf_cl"), Bar("ratio", 2.0, "open_clip"))
+BARS = {
+    32_768: (Bar("ms", 12.0), Bar("ratio", 5.0, "inf_cl"), Bar("ratio", 2.0, "open_clip")),
+    1 << 20: (Bar("MiB", 80_000),),  # one GPU
+}
 
 
 class Given(NamedTuple):
@@ -46,13 +49,12 @@ def cases(tiny: bool) -> list[Case]:
 
 def _case(group: str, form: str, n: int, d: int, dtype: torch.dtype) -> Case:
     short = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-    barred = group == "bar" and n == 32_768
     return Case(
         name=f"{form} N={n} D={d} {short}",
         group=group,
         values={"form": form, "n": n, "d": d, "dtype": short, "passes": "forward and backward"},
         costs=tuple(cost(n, n, d, dtype, backward=back) for back in (False, True)),
-        bars=BARS if barred else (),
+        bars=BARS.get(n, ()) if group in ("bar", "long") else (),
         limit=LIMITS[dtype],
         most_rounds=1 if n >= 1 << 20 else 100,
     )

@@ -12,7 +12,10 @@ OP = "faulty"
 
 
 def cases(tiny: bool) -> list[Case]:
-    bars = (Bar("ms", 1e6), Bar("ms", 0.0), Bar("ratio", 2.0, "absent"), Bar("ratio", 0.0))
+    bars = (
+        *(Bar("ms", 1e6), Bar("ms", 0.0), Bar("ratio", 2.0, "absent"), Bar("ratio", 0.0)),
+        Bar("MiB", 1.0),
+    )
     return [
         Case(name="checked", group="check", values={}, limit=1e-6),
         Case(name="timed", group="bar", values={"size": 3}, bars=bars),
