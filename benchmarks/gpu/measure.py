@@ -15,10 +15,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from records import append
+from records import LOST_CONTEXT, append
 from watched import end_with_parent
 
-LOST_CONTEXT = 75
 _TAIL = 1500  # characters of a message that are kept
 
 
@@ -59,7 +58,7 @@ class _Operator:
             for case in cases
             if case.group == self.arguments.group
         ]
-        plan = [[case.name, side.name] for case, sides in planned for side in sides]
+        plan = [[case.name, side.name, side.kind] for case, sides in planned for side in sides]
         self.record("plan", items=plan)
         # What takes long, or matters less, comes last: it costs none of the others their turn.
         for slow in (False, True):

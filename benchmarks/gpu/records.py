@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+LOST_CONTEXT = 75  # exit code of a process whose GPU cannot be used further
+
 
 def append(path: Path, event: str, /, **values: Any) -> None:
     """Adds a line by one write, so that lines of different processes stay whole."""

@@ -17,7 +17,7 @@ from watched import end_with_parent
 end_with_parent()
 _LINES = Path(os.environ["CARILLON_TEST_LINES"])
 _TAIL = 1500
-LOST_CONTEXT = ("CUDA error", "AcceleratorError")
+_LOST = ("CUDA error", "AcceleratorError")
 
 
 @pytest.hookimpl(trylast=True)
@@ -45,6 +45,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     if call.excinfo is not None and any(
-        words in f"{call.excinfo.typename}: {call.excinfo.value}" for words in LOST_CONTEXT
+        words in f"{call.excinfo.typename}: {call.excinfo.value}" for words in _LOST
     ):
         item.session.shouldstop = "the GPU's context is lost"

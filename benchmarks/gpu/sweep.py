@@ -14,12 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from records import append, read
+from records import LOST_CONTEXT, append, read
 from watched import TIME_UP, Ended, deadline, run_watched
 
 BAD = ("wrong", "error", "CUDA error", "crashed", "timed out", "not run")
 MEASURE = Path(__file__).with_name("measure.py")
 _TAIL = 1500
+_MOST_IN_VAIN = 3
+_NO_GPU = f"{_MOST_IN_VAIN} processes in a row lost the GPU at their first case"
 
 
 class Supervisor:
@@ -30,12 +32,13 @@ class Supervisor:
         self.offset = given.records.stat().st_size if given.records.exists() else 0
         self.log: Path = given.logs / f"{given.group}-{module.stem}.log"
         self.done: list[list[str]] = []
+        self.in_vain = 0
 
     def run(self, until: float) -> None:
         ended = False
-        while not ended and time.monotonic() < until:
+        while not ended and time.monotonic() < until and self.in_vain < _MOST_IN_VAIN:
             ended = self.one_process(until)
-        self.leave_out()
+        self.leave_out(TIME_UP if self.in_vain < _MOST_IN_VAIN else _NO_GPU)
 
     def one_process(self, until: float) -> bool:
         """Runs a process to its end; returns whether there is nothing left for another one."""
@@ -55,6 +58,8 @@ class Supervisor:
             self.done.append(item)
             if item not in finished:
                 self.record(begun, **self.outcome(ended))
+        lost = ended.code == LOST_CONTEXT and len(new) == 1
+        self.in_vain = self.in_vain + 1 if lost else 0
         if ended == Ended("", 0):
             return True
         if not new:  # it did not get to a case, and another one would not either
@@ -74,18 +79,18 @@ class Supervisor:
         status = "timed out" if ended.verdict else "crashed"
         return {"status": status, "reason": ended.reason, "log": log}
 
-    def leave_out(self) -> None:
+    def leave_out(self, reason: str) -> None:
         """Records what was planned and not begun."""
         lines = self.lines()
         planned = [item for x in lines if x["event"] == "plan" for item in x["items"]]
         reached = [[x["case"], x["side"]] for x in lines if x["event"] == "result"]
-        for item in planned:
-            if item not in reached:
-                reached.append(item)
-                begun = {"case": item[0], "side": item[1]}
-                self.record(begun, status="not run", reason=TIME_UP)
+        for case, side, kind in planned:
+            if [case, side] not in reached:
+                reached.append([case, side])
+                begun = {"case": case, "side": side, "kind": kind}
+                self.record(begun, status="not run", reason=reason)
         if not lines:
-            self.record({}, status="not run", reason=TIME_UP)
+            self.record({}, status="not run", reason=reason)
 
     def lines(self) -> list[dict[str, Any]]:
         """The records of this operator's group since this began."""
