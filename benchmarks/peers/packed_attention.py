@@ -38,7 +38,7 @@ def available(
 ) -> dict[str, Peer]:
     """The peers that run on `device` with these lengths, by name."""
     reasons = missing(device, lengths, dtype, backward=backward)
-    return {name: make(device, lengths) for name, make in _PEERS.items() if name not in reasons}
+    return {name: make(device, lengths) for name, make in PEERS.items() if name not in reasons}
 
 
 def missing(
@@ -130,7 +130,7 @@ def _nested(device: str, lengths: Sequence[int]) -> Peer:
     return Peer(lambda x: x, attend, lambda x: x)
 
 
-_PEERS: dict[str, Callable[[str, Sequence[int]], Peer]] = {
+PEERS: dict[str, Callable[[str, Sequence[int]], Peer]] = {
     "sdpa_padded": _padded,
     "sdpa": _padded,
     "flex": _flex,

@@ -3,9 +3,11 @@
 // past the caches.
 #include "check.h"
 #include "maps.h"
-#include "row_loops.h"
+#include "rows.h"
 
+#include "cpu_dispatch.h"
 #include "huge_pages.h"
+#include "instruction_set.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -13,19 +15,29 @@
 
 #include <algorithm>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 namespace carillon::moe_routing {
+
+#define CARILLON_LOOPS "moe_routing/row_loops.h"
+#include "cpu_targets.h"
+
 namespace {
 
 // Tokens a task: enough for its scratch to be worth it, few enough to balance.
 constexpr int64_t kGrainTokens = 64;
+// A row this many slots ahead is prefetched while one is computed.
+constexpr int64_t kRowsAhead = 2;
 
 int64_t row_bytes(const at::Tensor& rows) { return rows.size(1) * rows.element_size(); }
 
 const char* bytes_of(const at::Tensor& tensor) {
   return static_cast<const char*>(tensor.const_data_ptr());
+}
+
+const RowLoops& loops_of(const at::Tensor& rows) {
+  const RowTable& best = best_table();
+  return rows.scalar_type() == at::kBFloat16 ? best.bfloat16 : best.float32;
 }
 
 void zero_padding(const Maps& maps, at::Tensor& rows) {
@@ -51,15 +63,15 @@ at::Tensor moe_permute(const at::Tensor& x, const at::Tensor& row_to_slot,
   if (out.numel() == 0) return out;
   const char* from = bytes_of(source);
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  const RowWriter writer(to, size, out.nbytes());
+  const bool streams = writes_past_caches(to, size, out.nbytes());
   at::parallel_for(0, maps.num_tokens, kGrainTokens, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t j = 0; j < maps.k; ++j) {
         const int64_t row = maps.slot_to_row[t * maps.k + j];
-        if (row >= 0) writer.write(from + t * size, to + row * size);
+        if (row >= 0) write_bytes(from + t * size, to + row * size, size, streams);
       }
     }
-    writer.finish();
+    finish_writes(streams);
   });
   zero_padding(maps, out);
   return out;
@@ -69,12 +81,13 @@ at::Tensor moe_permute(const at::Tensor& x, const at::Tensor& row_to_slot,
 at::Tensor sum_of_rows(const Maps& maps, const at::Tensor& rows, const float* weights) {
   const at::Tensor source = rows.contiguous();
   const int64_t width = rows.size(1);
-  at::Tensor out = at::empty({maps.num_tokens, width}, source.options());
+  at::Tensor out = empty_on_huge_pages({maps.num_tokens, width}, source.options());
   if (out.numel() == 0) return out;
-  const bool bfloat16 = rows.scalar_type() == at::kBFloat16;
+  const RowLoops& loops = loops_of(rows);
   const int64_t size = row_bytes(source);
   const char* from = bytes_of(source);
   char* to = static_cast<char*>(out.mutable_data_ptr());
+  const bool streams = writes_past_caches(to, size, out.nbytes());
   at::parallel_for(0, maps.num_tokens, kGrainTokens, [&](int64_t begin, int64_t end) {
     std::vector<const char*> taken(maps.k), next(maps.k);
     std::vector<float> factors(maps.k);
@@ -91,13 +104,11 @@ at::Tensor sum_of_rows(const Maps& maps, const at::Tensor& rows, const float* we
         const int64_t row = std::max(maps.slot_to_row[ahead + j], 0);
         next[j] = from + row * size;
       }
-      const RowsOfToken token{taken.data(), factors.data(), count, next.data(), maps.k, width};
-      if (bfloat16) {
-        sum_rows_bfloat16(token, to + t * size);
-      } else {
-        sum_rows_float(token, to + t * size);
-      }
+      loops.sum_rows({taken.data(), factors.data(), count, next.data(), maps.k, width,
+                      streams},
+                     to + t * size);
     }
+    finish_writes(streams);
   });
   return out;
 }
@@ -137,17 +148,14 @@ std::tuple<at::Tensor, at::Tensor> moe_unpermute_backward(const at::Tensor& grad
   at::Tensor grad_weights = at::empty(factors.sizes(), factors.options());
   const int64_t width = rows.size(1), size = row_bytes(source);
   if (width == 0) return {grad_rows, grad_weights.zero_()};
-  const bool bfloat16 = rows.scalar_type() == at::kBFloat16;
+  const RowLoops& loops = loops_of(rows);
   const char *grads = bytes_of(from), *values = bytes_of(source);
   const float* by = factors.const_data_ptr<float>();
   char* to = static_cast<char*>(grad_rows.mutable_data_ptr());
   float* to_weights = grad_weights.mutable_data_ptr<float>();
-  const RowWriter writer(to, size, grad_rows.nbytes());
+  const bool streams = writes_past_caches(to, size, grad_rows.nbytes());
   at::parallel_for(0, maps.num_tokens, kGrainTokens, [&](int64_t begin, int64_t end) {
-    std::vector<float> grad_row(width);
-    std::vector<char> scaled(size);
     for (int64_t t = begin; t < end; ++t) {
-      load_row(grads + t * size, bfloat16, width, grad_row.data());
       for (int64_t j = 0; j < maps.k; ++j) {
         const int64_t slot = t * maps.k + j;
         const int64_t row = maps.slot_to_row[slot];
@@ -155,15 +163,13 @@ std::tuple<at::Tensor, at::Tensor> moe_unpermute_backward(const at::Tensor& grad
           to_weights[slot] = 0;
           continue;
         }
-        const int64_t ahead = std::min(slot + 2, end * maps.k - 1);
+        const int64_t ahead = std::min(slot + kRowsAhead, end * maps.k - 1);
         const char* next = values + std::max(maps.slot_to_row[ahead], 0) * size;
-        const auto scale_and_dot = bfloat16 ? scale_and_dot_bfloat16 : scale_and_dot_float;
-        to_weights[slot] = scale_and_dot(grad_row.data(), values + row * size, by[slot], width,
-                                         next, scaled.data());
-        writer.write(scaled.data(), to + row * size);
+        to_weights[slot] = loops.scale_and_dot({grads + t * size, values + row * size, next,
+                                                to + row * size, width, by[slot], streams});
       }
     }
-    writer.finish();
+    finish_writes(streams);
   });
   if (grad_rows.numel() != 0) zero_padding(maps, grad_rows);
   return {grad_rows, grad_weights};

@@ -1,170 +1,83 @@
-// The inner loops over rows: plain loops that are compiled for several instruction sets, and the
-// writer that goes past the caches.
-#pragma once
+// The inner loops over rows, compiled once per instruction set by cpu_targets.h.
+//
+// What is prefetched is read a whole row later: rows of other tokens lie elsewhere, and the
+// processor's own prefetching starts anew at each row.
 
-#include "bfloat16_bits.h"
-#include "cpu_dispatch.h"
+// Vectors that are summed together, so that a row's address is read once for them.
+constexpr int64_t kRowVectors = 4;
+constexpr int64_t kStepLines = 2;  // of a row of gradients, written past the caches
 
-#include <cstdint>
-#include <cstring>
-
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
-
-namespace carillon::moe_routing {
-
-inline constexpr int64_t kLineBytes = 64;
-
-inline void prefetch(const char* address) { __builtin_prefetch(address, 0, 2); }
-
-// Writes whole rows, past the caches where the result is larger than they are: a plain store would
-// first read the line it overwrites.
-class RowWriter {
- public:
-  RowWriter(const void* target, int64_t row_bytes, size_t total_bytes)
-      : row_bytes_(row_bytes),
-        streams_(total_bytes >= kStreamBytes && row_bytes % kLineBytes == 0 &&
-                 reinterpret_cast<uintptr_t>(target) % kLineBytes == 0) {}
-
-  void write(const void* from, void* to) const {
-#ifdef __SSE2__
-    if (streams_) {
-      const auto* source = static_cast<const __m128i*>(from);
-      auto* target = static_cast<__m128i*>(to);
-      for (int64_t i = 0; i < row_bytes_ / 16; i += 4) {
-        const __m128i a = _mm_loadu_si128(source + i), b = _mm_loadu_si128(source + i + 1);
-        const __m128i c = _mm_loadu_si128(source + i + 2), d = _mm_loadu_si128(source + i + 3);
-        _mm_stream_si128(target + i, a);
-        _mm_stream_si128(target + i + 1, b);
-        _mm_stream_si128(target + i + 2, c);
-        _mm_stream_si128(target + i + 3, d);
-      }
-      return;
-    }
-#endif
-    std::memcpy(to, from, static_cast<size_t>(row_bytes_));
-  }
-
-  // Makes this thread's writes visible before others are told of them.
-  void finish() const {
-#ifdef __SSE2__
-    if (streams_) _mm_sfence();
-#endif
-  }
-
- private:
-  static constexpr size_t kStreamBytes = size_t{8} << 20;
-  int64_t row_bytes_;
-  bool streams_;
-};
-
-// The rows that a token takes, with their factors, and those of the next token to prefetch.
-struct RowsOfToken {
-  const char* const* rows;
-  const float* factors;
-  int64_t count;
-  const char* const* next;
-  int64_t num_next;
-  int64_t width;
-};
-
-template <int kRows, typename T>
-CARILLON_INLINE void add_rows(const RowsOfToken& token, int64_t first,
-                                                    int64_t begin, int64_t count, float* sums) {
-  const T* rows[kRows];
-  float factors[kRows];
-  for (int i = 0; i < kRows; ++i) {
-    rows[i] = reinterpret_cast<const T*>(token.rows[first + i]) + begin;
-    factors[i] = token.factors[first + i];
-  }
-#pragma GCC ivdep
-  for (int64_t d = 0; d < count; ++d) {
-    float sum = sums[d];
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) sum += factors[i] * load_as_float(rows[i][d]);
-    sums[d] = sum;
-  }
+CARILLON_INLINE void prefetch_row(const char* row, int64_t size) {
+  for (int64_t b = 0; b < size; b += kLineBytes) prefetch(row + b);
 }
 
-// Slots are added in their order, a block of columns at a time so that the sums stay in L1.
-template <typename T>
-CARILLON_INLINE void sum_rows(const RowsOfToken& token, void* target) {
-  constexpr int64_t kBlock = 1024;
-  alignas(kLineBytes) float sums[kBlock];
-  T* __restrict out = static_cast<T*>(target);
-  for (int64_t begin = 0; begin < token.width; begin += kBlock) {
-    const int64_t count = token.width - begin < kBlock ? token.width - begin : kBlock;
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
-    for (int64_t j = 0; j < token.num_next; ++j) {
-      const char* next = token.next[j] + begin * static_cast<int64_t>(sizeof(T));
-      for (int64_t b = 0; b < bytes; b += kLineBytes) prefetch(next + b);
-    }
-    for (int64_t d = 0; d < count; ++d) sums[d] = 0;
-    int64_t i = 0;
-    for (; i + 8 <= token.count; i += 8) add_rows<8, T>(token, i, begin, count, sums);
-    if (i + 4 <= token.count) add_rows<4, T>(token, i, begin, count, sums), i += 4;
-    if (i + 2 <= token.count) add_rows<2, T>(token, i, begin, count, sums), i += 2;
-    if (i < token.count) add_rows<1, T>(token, i, begin, count, sums);
-    for (int64_t d = 0; d < count; ++d) store_from_float(sums[d], out[begin + d]);
+// Sums kVectors vectors of columns over the token's rows, in the order of its slots.
+template <int64_t kVectors, typename Element>
+CARILLON_INLINE void sum_columns(const RowsOfToken& token, int64_t first, Element* out) {
+  Floats sums[kVectors] = {};
+  for (int64_t i = 0; i < token.count; ++i) {
+    const Element* row = reinterpret_cast<const Element*>(token.rows[i]) + first;
+    const Floats factor = broadcast(token.factors[i]);
+    for (int64_t v = 0; v < kVectors; ++v) sums[v] += factor * load(row + v * kWidth);
   }
+  alignas(kLineBytes) Element rounded[kVectors * kWidth];
+  for (int64_t v = 0; v < kVectors; ++v) store(rounded + v * kWidth, sums[v]);
+  constexpr bool kWholeLines = sizeof(rounded) % kLineBytes == 0;
+  write_bytes(rounded, out + first, sizeof(rounded), kWholeLines && token.streams);
 }
 
-CARILLON_CPU_CLONES
-static void sum_rows_float(const RowsOfToken& token, void* out) { sum_rows<float>(token, out); }
-
-CARILLON_CPU_CLONES
-static void sum_rows_bfloat16(const RowsOfToken& token, void* out) {
-  sum_rows<uint16_t>(token, out);
-}
-
-// out = factor * grad, and returns the dot product of grad and row; prefetches another row.
-template <typename T>
-CARILLON_INLINE float scale_and_dot(const float* __restrict grad,
-                                                          const void* row_bytes, float factor,
-                                                          int64_t width, const char* next,
-                                                          void* target) {
-  constexpr int64_t kLanes = 32;
-  const T* __restrict row = static_cast<const T*>(row_bytes);
-  T* __restrict out = static_cast<T*>(target);
-  const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
-  for (int64_t b = 0; b < bytes; b += kLineBytes) prefetch(next + b);
-  float lanes[kLanes] = {};
+template <typename Element>
+void sum_rows(const RowsOfToken& token, void* target) {
+  Element* out = static_cast<Element*>(target);
+  for (int64_t j = 0; j < token.num_next; ++j) {
+    prefetch_row(token.next[j], token.width * static_cast<int64_t>(sizeof(Element)));
+  }
   int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) {
-    for (int64_t l = 0; l < kLanes; ++l) {
-      lanes[l] += grad[d + l] * load_as_float(row[d + l]);
-      store_from_float(factor * grad[d + l], out[d + l]);
+  for (; d + kRowVectors * kWidth <= token.width; d += kRowVectors * kWidth) {
+    sum_columns<kRowVectors>(token, d, out);
+  }
+  for (; d + kWidth <= token.width; d += kWidth) sum_columns<1>(token, d, out);
+  if (d == token.width) return;
+  Floats sums{};
+  for (int64_t i = 0; i < token.count; ++i) {
+    const Element* row = reinterpret_cast<const Element*>(token.rows[i]) + d;
+    sums += broadcast(token.factors[i]) * load_part(row, token.width - d);
+  }
+  store_part(out + d, sums, token.width - d);
+}
+
+// out = factor * grad; returns the dot product of grad and row.
+template <typename Element>
+float scale_and_dot(const ScaledRow& of) {
+  constexpr int64_t kStep = kStepLines * kLineBytes / static_cast<int64_t>(sizeof(Element));
+  constexpr int64_t kVectors = kStep / kWidth;
+  const Element* grad = static_cast<const Element*>(of.grad);
+  const Element* row = static_cast<const Element*>(of.row);
+  Element* out = static_cast<Element*>(of.out);
+  prefetch_row(of.next, of.width * static_cast<int64_t>(sizeof(Element)));
+  const Floats factor = broadcast(of.factor);
+  Floats dots[kVectors] = {};
+  int64_t d = 0;
+  for (; d + kStep <= of.width; d += kStep) {
+    alignas(kLineBytes) Element scaled[kStep];
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const Floats g = load(grad + d + v * kWidth);
+      dots[v] += g * load(row + d + v * kWidth);
+      store(scaled + v * kWidth, factor * g);
     }
+    write_bytes(scaled, out + d, sizeof(scaled), of.streams);
   }
-  float sum = 0;
-  for (; d < width; ++d) {
-    sum += grad[d] * load_as_float(row[d]);
-    store_from_float(factor * grad[d], out[d]);
+  for (int64_t v = 0; d < of.width; d += kWidth, ++v) {
+    const int64_t count = of.width - d;
+    const Floats g = load_part(grad + d, count);
+    dots[v] += g * load_part(row + d, count);
+    store_part(out + d, factor * g, count);
   }
-  for (const float lane : lanes) sum += lane;
-  return sum;
+  for (int64_t v = 1; v < kVectors; ++v) dots[0] += dots[v];
+  return sum(dots[0]);
 }
 
-CARILLON_CPU_CLONES
-static float scale_and_dot_float(const float* grad, const void* row, float factor, int64_t width,
-                                 const char* next, void* out) {
-  return scale_and_dot<float>(grad, row, factor, width, next, out);
-}
-
-CARILLON_CPU_CLONES
-static float scale_and_dot_bfloat16(const float* grad, const void* row, float factor,
-                                    int64_t width, const char* next, void* out) {
-  return scale_and_dot<uint16_t>(grad, row, factor, width, next, out);
-}
-
-inline void load_row(const char* row, bool bfloat16, int64_t width, float* out) {
-  if (!bfloat16) {
-    std::memcpy(out, row, static_cast<size_t>(width) * sizeof(float));
-    return;
-  }
-  const auto* bits = reinterpret_cast<const uint16_t*>(row);
-  for (int64_t d = 0; d < width; ++d) out[d] = load_as_float(bits[d]);
-}
-
-}  // namespace carillon::moe_routing
+constexpr RowTable kTable = {
+    {&sum_rows<float>, &scale_and_dot<float>},
+    {&sum_rows<uint16_t>, &scale_and_dot<uint16_t>},
+};

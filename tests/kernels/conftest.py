@@ -1,5 +1,9 @@
-"""Three things that Triton 3.6's interpreter gets wrong are put right here, each to go with a
-Triton that does it itself. (tests/conftest.py chooses the interpreter.)"""
+"""Which provider of an op a test runs by, and on which device: see `pytest_generate_tests`.
+
+And three things that Triton 3.6's interpreter gets wrong are put right, each to go with a Triton
+that does it itself. tests/conftest.py chooses the interpreter where there is no GPU: Triton's
+kernels take CPU tensors there; where there is one they are compiled and take CUDA tensors alone.
+"""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -9,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from carillon.kernels.table import load_native
+from carillon.kernels.table import OPS, ProviderError, load_native, resolve
 
 try:
     import triton.language as tl
@@ -66,6 +71,91 @@ if interpreter is not None:
     _let_loops_run_to_computed_bounds()
     _round_to_bfloat16()
     _multiply_bfloat16()
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test that takes `provider` and `device` by each provider that the table has of its op,
+    on each device here; one that takes `device` alone, on each device.
+
+    The op is the marker's: `pytestmark = pytest.mark.op("fp8_cast")`. Tests on CUDA are marked
+    `gpu`: `pytest tests/kernels -m gpu`.
+    """
+    if "device" not in metafunc.fixturenames:
+        return
+    if "provider" not in metafunc.fixturenames:
+        metafunc.parametrize("device", [_on(device) for device in DEVICES])
+        return
+    op = metafunc.definition.get_closest_marker("op").args[0]
+    pairs = [(name, device) for device in DEVICES for name in OPS[op].providers[device]]
+    runs = [_on(device, provider, op) for provider, device in pairs if _takes(provider, device)]
+    metafunc.parametrize(("provider", "device"), runs)
+
+
+def _takes(provider: str, device: str) -> bool:
+    return provider != "triton" or device == "cuda" or not torch.cuda.is_available()
+
+
+def _on(device: str, *provider_and_op: str) -> Any:
+    """A parameter set; on a GPU a provider that cannot run is skipped, and says why."""
+    marks = [pytest.mark.gpu] if device == "cuda" else []
+    if device == "cuda" and provider_and_op:
+        provider, op = provider_and_op
+        try:
+            resolve(op, device, provider)
+        except ProviderError as error:
+            marks.append(pytest.mark.skip(reason=str(error)))
+    return pytest.param(*provider_and_op[:1], device, marks=marks)
+
+
+@pytest.fixture
+def kernel(provider: str, device: str) -> Callable[[str], Callable[..., Any]]:
+    """Gives an op by its name, by the test's provider: it takes tensors of the CPU and returns
+    such, whatever device it computes on."""
+    return lambda op: _carried(resolve(op, device, provider), device)
+
+
+def _carried(op: Callable[..., Any], device: str) -> Callable[..., Any]:
+    if device == "cpu":
+        return op
+
+    def call(*arguments: Any, **settings: Any) -> Any:
+        there = {name: _moved(value, device) for name, value in settings.items()}
+        results = op(*(_moved(value, device) for value in arguments), **there)
+        if isinstance(results, Tensor):
+            return results.cpu()
+        return tuple(result.cpu() for result in results)
+
+    return call
+
+
+def _moved(value: Any, device: str) -> Any:
+    """On the device, with its strides and its place in a storage where it needs no gradient."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.requires_grad:
+        return value.to(device)
+    storage = value.new_empty(0).set_(value.untyped_storage())  # type: ignore[call-overload]
+    return storage.to(device).as_strided(value.size(), value.stride(), value.storage_offset())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked `not_interpreted` where Triton's interpreter would run it: it takes
+    seconds for what a GPU does at once."""
+
+    def interpreted(item: pytest.Item) -> bool:
+        given = getattr(item, "callspec", None)
+        return given is not None and (given.params.get("provider"), given.params.get("device")) == (
+            "triton",
+            "cpu",
+        )
+
+    left_out = [x for x in items if x.get_closest_marker("not_interpreted") and interpreted(x)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])

@@ -1,18 +1,19 @@
 """Columns in chunks: what the chunks' results add up to is what all columns give at once."""
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from carillon.kernels.table import OPS, resolve
+from carillon.kernels.table import resolve
 from carillon.kernels.tolerances import TOLERANCES
 
-PROVIDERS = OPS["contrastive"].providers["cpu"]
+Kernels = Callable[[str], Callable[..., Any]]
+pytestmark = pytest.mark.op("contrastive")
 N, M, D, FIRST = 23, 41, 12, 9  # columns 0 to 8 and 32 to 40 match no row
 BOUNDS = [(0, 5), (5, 14), (14, 14), (14, 33), (33, 41)]  # a chunk of none, one inside all matches
 
@@ -62,8 +63,7 @@ def assert_same(op: str, got: Tensor, wanted: Tensor, dtype: torch.dtype) -> Non
     assert float((got.double() - wanted).abs().max()) <= bound
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_softmax_chunks_add_up(problem: Problem, provider: str) -> None:
+def test_softmax_chunks_add_up(problem: Problem, kernel: Kernels) -> None:
     (rows, columns, scale, _), (by_rows, by_columns) = wide(problem)
     op, backward = "contrastive", "contrastive_backward"
     ids = problem.row_ids, problem.column_ids
@@ -73,9 +73,7 @@ def test_softmax_chunks_add_up(problem: Problem, provider: str) -> None:
     dtype = problem.rows.dtype
 
     parts = [
-        resolve(op, "cpu", provider)(
-            *(problem.rows, chunk, problem.scale, first, problem.row_ids, column_ids, True)
-        )
+        kernel(op)(*(problem.rows, chunk, problem.scale, first, problem.row_ids, column_ids, True))
         for _, chunk, first, column_ids in problem.chunks()
     ]
     row_lse = torch.stack([part[0] for part in parts]).logsumexp(0)
@@ -90,7 +88,7 @@ def test_softmax_chunks_add_up(problem: Problem, provider: str) -> None:
 
     by_row_parts, by_scale = torch.zeros(N, D), torch.zeros(1)
     for at, chunk, first, column_ids in problem.chunks():
-        shares = resolve(backward, "cpu", provider)(
+        shares = kernel(backward)(
             *(problem.rows, chunk, problem.scale, first, problem.row_ids, column_ids),
             *(row_lse, column_lse[at], problem.by_rows, problem.by_columns[at], problem.by_rows),
             *(problem.by_rows, problem.by_columns[at]),
@@ -106,8 +104,7 @@ def test_softmax_chunks_add_up(problem: Problem, provider: str) -> None:
     assert_same(backward, by_scale, scale.grad, torch.float32)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_sigmoid_chunks_add_up(problem: Problem, provider: str) -> None:
+def test_sigmoid_chunks_add_up(problem: Problem, kernel: Kernels) -> None:
     leaves, (by_rows, _) = wide(problem)
     op, backward = "contrastive_sigmoid", "contrastive_sigmoid_backward"
     ids = problem.row_ids, problem.column_ids
@@ -118,8 +115,8 @@ def test_sigmoid_chunks_add_up(problem: Problem, provider: str) -> None:
     shares_of: list[list[Tensor]] = []
     for _, chunk, first, column_ids in problem.chunks():
         given = (problem.rows, chunk, *single, first, problem.row_ids, column_ids)
-        losses += resolve(op, "cpu", provider)(*given)
-        shares_of.append(resolve(backward, "cpu", provider)(*given, problem.by_rows))
+        losses += kernel(op)(*given)
+        shares_of.append(kernel(backward)(*given, problem.by_rows))
     assert_same(op, losses, whole.detach(), dtype)
     by_columns = torch.cat([shares[1] for shares in shares_of])
     totals = [torch.stack([s[k].float() for s in shares_of]).sum(0) for k in (0, 2, 3)]

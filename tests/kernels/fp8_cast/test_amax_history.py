@@ -56,11 +56,12 @@ def test_scale_of_an_earlier_cast_does_not_change() -> None:
     assert (earlier, history.scale) == (1, 2)
 
 
-@pytest.mark.parametrize("provider", ["native", "reference", "triton"])
-def test_a_run_goes_on_from_a_state_in_its_middle(provider: str) -> None:
-    op = resolve("fp8_cast", "cpu", provider)
+@pytest.mark.op("fp8_cast")
+def test_a_run_goes_on_from_a_state_in_its_middle(provider: str, device: str) -> None:
+    op = resolve("fp8_cast", device, provider)
     generator = torch.Generator().manual_seed(2)
-    steps = [torch.randn((9, 20), generator=generator) * 2**step for step in range(7)]
+    drawn = [torch.randn((9, 20), generator=generator) * 2**step for step in range(7)]
+    steps = [x.to(device) for x in drawn]
 
     def run(history: AmaxHistory, steps: list[torch.Tensor]) -> list[Fp8Copies]:
         results = []

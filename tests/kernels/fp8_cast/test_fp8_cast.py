@@ -1,4 +1,4 @@
-"""fp8_cast: every CPU provider against the definition in float64, and to the bit against torch."""
+"""fp8_cast: every provider against the definition in float64, and to the bit against torch."""
 
 from collections.abc import Iterator
 
@@ -8,14 +8,15 @@ from torch import Tensor
 
 from carillon.kernels.fp8_cast.layout import BLOCK, GRANULARITIES
 from carillon.kernels.fp8_cast.reference import FP8_MAX, Fp8Copies, dequantize
-from carillon.kernels.table import OPS, resolve
+from carillon.kernels.table import resolve
 from carillon.kernels.tolerances import TOLERANCES
 
 # The interpreter computes in numpy, which warns of infinities and NaNs that are meant to be there.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+pytestmark = [
+    pytest.mark.op("fp8_cast"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+]
 
-PROVIDERS = OPS["fp8_cast"].providers["cpu"]
-FASTER = [name for name in PROVIDERS if name != "reference"]
 FORMATS = list(FP8_MAX)
 INPUTS = [torch.bfloat16, torch.float32]
 # One value; one row; one column; blocks that end within the matrix; more than one panel of 256.
@@ -45,6 +46,7 @@ def assert_same_bits(got: Tensor, wanted: Tensor) -> None:
     """Equal bytes and strides; NaNs only have to be NaNs."""
     assert got.dtype == wanted.dtype
     assert got.stride() == wanted.stride()
+    got, wanted = got.cpu(), wanted.cpu()
     bits = torch.uint8 if got.element_size() == 1 else torch.int32
     both_nan = got.float().isnan() & wanted.float().isnan()
     equal = (got.contiguous().view(bits) == wanted.contiguous().view(bits)) | both_nan
@@ -83,17 +85,18 @@ def assert_defined(
     assert next(flat, None) is None
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_matches_definition(
-    provider: str, dtype: torch.dtype, granularity: str, power_of_two: bool
+    provider: str, device: str, dtype: torch.dtype, granularity: str, power_of_two: bool
 ) -> None:
     for input_dtype in INPUTS:
         x = matrix((130, 257), input_dtype)
-        op = resolve("fp8_cast", "cpu", provider)
-        copies = Fp8Copies(*op(x, granularity, dtype, column=True, power_of_two=power_of_two))
+        op = resolve("fp8_cast", device, provider)
+        given = x.to(device)
+        results = op(given, granularity, dtype, column=True, power_of_two=power_of_two)
+        copies = Fp8Copies(*(result.cpu() for result in results))
         assert copies.row.is_contiguous()
         assert copies.column.is_contiguous()
         assert_defined(x, copies.row, copies.row_scale, granularity, power_of_two)
@@ -101,18 +104,21 @@ def test_matches_definition(
         assert copies.amax == x.abs().max()
 
 
-@pytest.mark.parametrize("provider", FASTER)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_providers_equal_the_reference_to_the_bit(provider: str, granularity: str) -> None:
-    op, reference = resolve("fp8_cast", "cpu", provider), resolve("fp8_cast", "cpu", "reference")
-    interpreted = provider == "triton"
+def test_providers_equal_the_reference_to_the_bit(
+    provider: str, device: str, granularity: str
+) -> None:
+    """And the reference on a GPU that on the CPU."""
+    op, reference = resolve("fp8_cast", device, provider), resolve("fp8_cast", "cpu", "reference")
+    interpreted = (provider, device) == ("triton", "cpu")
     for number, shape in enumerate(SMALL if interpreted else SHAPES):
         for turn, make in enumerate((matrix, patterns)):
             x = make(shape, INPUTS[number % 2])
             for dtype in FORMATS[turn : turn + 1] if interpreted else FORMATS:
                 settings = {"column": number != 2, "power_of_two": number == 3}
                 wanted = reference(x, granularity, dtype, **settings)
-                for got, want in zip(op(x, granularity, dtype, **settings), wanted, strict=True):
+                results = op(x.to(device), granularity, dtype, **settings)
+                for got, want in zip(results, wanted, strict=True):
                     assert_same_bits(got, want)
 
 
@@ -130,23 +136,21 @@ def near_every_midpoint(dtype: torch.dtype) -> Tensor:
     return torch.stack([*near, finite[1:].float()])
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", FORMATS)
-def test_codes_are_those_of_torchs_own_cast(provider: str, dtype: torch.dtype) -> None:
-    op, limit = resolve("fp8_cast", "cpu", provider), FP8_MAX[dtype]
-    one = torch.ones(())
+def test_codes_are_those_of_torchs_own_cast(provider: str, device: str, dtype: torch.dtype) -> None:
+    op, limit = resolve("fp8_cast", device, provider), FP8_MAX[dtype]
+    one = torch.ones((), device=device)
     for x in (all_bfloat16(), near_every_midpoint(dtype)):
-        copies = Fp8Copies(*op(x, "tensorwise", dtype, one, column=True))
+        copies = Fp8Copies(*op(x.to(device), "tensorwise", dtype, one, column=True))
         wanted = x.float().clamp(-limit, limit).to(dtype)
         assert_same_bits(copies.row, wanted)
         assert_same_bits(copies.column, wanted.t().contiguous())
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_zeros_and_subnormals(provider: str, granularity: str) -> None:
-    op = resolve("fp8_cast", "cpu", provider)
-    x = torch.zeros(3, 130)
+def test_zeros_and_subnormals(provider: str, device: str, granularity: str) -> None:
+    op = resolve("fp8_cast", device, provider)
+    x = torch.zeros(3, 130, device=device)
     copies = Fp8Copies(*op(x, granularity, torch.float8_e4m3fn, column=True))
     assert copies.amax == 0
     for codes, scale in ((copies.row, copies.row_scale), (copies.column, copies.column_scale)):
@@ -158,17 +162,16 @@ def test_zeros_and_subnormals(provider: str, granularity: str) -> None:
     assert torch.equal(copies.row.float(), (x * 2.0**126).to(torch.float8_e4m3fn).float())
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_infinities_saturate_and_nan_stays(
-    provider: str, granularity: str, dtype: torch.dtype
+    provider: str, device: str, granularity: str, dtype: torch.dtype
 ) -> None:
-    x = matrix((5, 140), torch.float32, spread=0.1)
+    x = matrix((5, 140), torch.float32, spread=0.1).to(device)
     clean = x.clone()
     x[1, 3], x[2, 4], x[3, 5] = float("inf"), float("-inf"), float("nan")
     clean[1, 3] = clean[2, 4] = clean[3, 5] = 0.0
-    op, limit = resolve("fp8_cast", "cpu", provider), FP8_MAX[dtype]
+    op, limit = resolve("fp8_cast", device, provider), FP8_MAX[dtype]
     copies = Fp8Copies(*op(x, granularity, dtype, column=True))
     alone = Fp8Copies(*op(clean, granularity, dtype, column=True))
     for codes, other in ((copies.row, alone.row), (copies.column.t(), alone.column.t())):
@@ -183,24 +186,22 @@ def test_infinities_saturate_and_nan_stays(
     assert op(x, granularity, dtype)[-1] == float("inf")
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_the_largest_floats_do_not_overflow(provider: str) -> None:
-    x = torch.tensor([[3.4028234e38, -1e38, 1e-38, 0.0]])
+def test_the_largest_floats_do_not_overflow(provider: str, device: str) -> None:
+    x = torch.tensor([[3.4028234e38, -1e38, 1e-38, 0.0]], device=device)
     for dtype in FORMATS:
-        copies = Fp8Copies(*resolve("fp8_cast", "cpu", provider)(x, "tensorwise", dtype))
+        copies = Fp8Copies(*resolve("fp8_cast", device, provider)(x, "tensorwise", dtype))
         assert copies.row[0, 0].float() == FP8_MAX[dtype]
         back = dequantize(copies.row, copies.row_scale, torch.float64)
         torch.testing.assert_close(back, x.double(), rtol=0.13, atol=1e33)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
-def test_empty(provider: str, granularity: str, shape: tuple[int, int]) -> None:
-    op, reference = resolve("fp8_cast", "cpu", provider), resolve("fp8_cast", "cpu", "reference")
-    arguments = (torch.zeros(shape), granularity, torch.float8_e5m2)
-    got = op(*arguments, column=True)
-    for one, wanted in zip(got, reference(*arguments, column=True), strict=True):
+def test_empty(provider: str, device: str, granularity: str, shape: tuple[int, int]) -> None:
+    op, reference = resolve("fp8_cast", device, provider), resolve("fp8_cast", "cpu", "reference")
+    x, *rest = torch.zeros(shape), granularity, torch.float8_e5m2
+    got = op(x.to(device), *rest, column=True)
+    for one, wanted in zip(got, reference(x, *rest, column=True), strict=True):
         assert one.shape == wanted.shape
         assert_same_bits(one, wanted)
     assert got[0].shape == shape
@@ -208,11 +209,10 @@ def test_empty(provider: str, granularity: str, shape: tuple[int, int]) -> None:
     assert got[4] == 0
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_strided_input(provider: str, granularity: str) -> None:
-    whole = matrix((70, 140), torch.bfloat16)
-    op = resolve("fp8_cast", "cpu", provider)
+def test_strided_input(provider: str, device: str, granularity: str) -> None:
+    whole = matrix((70, 140), torch.bfloat16).to(device)
+    op = resolve("fp8_cast", device, provider)
     for x in (whole[::2, 3:], whole.t(), whole[:1].expand(6, -1)):
         assert not x.is_contiguous()
         arguments = (granularity, torch.float8_e4m3fn)

@@ -1,13 +1,17 @@
 """grouped_mm and gather_grouped_mm: each provider against products in float64, and gradients."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from carillon.kernels.table import OPS, resolve
+from carillon.kernels.table import resolve
 from carillon.kernels.tolerances import TOLERANCES
 
-PROVIDERS = OPS["grouped_mm"].providers["cpu"]
+Kernels = Callable[[str], Callable[..., Any]]
+pytestmark = pytest.mark.op("grouped_mm")
 DTYPES = [torch.float32, torch.bfloat16]
 # Rows an expert, rows after the last, input and output width: an expert without rows first, last
 # and between; segments that no tile divides, and one of more rows than a tile; odd widths.
@@ -44,11 +48,10 @@ def assert_close(op: str, got: Tensor | None, wanted: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_grouped_mm(
-    provider: str,
+    kernel: Kernels,
     dtype: torch.dtype,
     case: tuple[tuple[int, ...], int, int, int],
     transposed: bool,
@@ -62,7 +65,7 @@ def test_grouped_mm(
         weights = stored.transpose(1, 2).detach().requires_grad_()
     else:
         weights = randn(*shape, dtype=dtype, seed=1).requires_grad_()
-    out = resolve("grouped_mm", "cpu", provider)(x, weights, offsets)
+    out = kernel("grouped_mm")(x, weights, offsets)
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, weights)]
     wanted = definition(*exact, offsets)
     assert_close("grouped_mm", out, wanted)
@@ -74,7 +77,6 @@ def test_grouped_mm(
     assert_close("grouped_mm", weights.grad, exact[1].grad)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "case",
@@ -82,7 +84,7 @@ def test_grouped_mm(
     ids=str,
 )
 def test_gather_grouped_mm(
-    provider: str, dtype: torch.dtype, case: tuple[int, int, int, int, int, int | None]
+    kernel: Kernels, dtype: torch.dtype, case: tuple[int, int, int, int, int, int | None]
 ) -> None:
     num_tokens, num_experts, k, width, out_width, capacity = case
     scores = randn(num_tokens, num_experts, dtype=torch.float32, seed=3)
@@ -91,7 +93,7 @@ def test_gather_grouped_mm(
     x = randn(num_tokens, width, dtype=dtype, seed=0).requires_grad_()
     weights = randn(num_experts, width, out_width, dtype=dtype, seed=1)
     weights = (weights / out_width).to(dtype).requires_grad_()
-    out = resolve("gather_grouped_mm", "cpu", provider)(x, weights, *plan)
+    out = kernel("gather_grouped_mm")(x, weights, *plan)
 
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, weights)]
     filled_R = plan[1] >= 0
@@ -106,14 +108,13 @@ def test_gather_grouped_mm(
     assert_close("gather_grouped_mm", weights.grad, exact[1].grad)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("shape", [(0, 4, 5), (6, 0, 5), (6, 4, 0)], ids=str)
-def test_empty(provider: str, shape: tuple[int, int, int]) -> None:
+def test_empty(kernel: Kernels, shape: tuple[int, int, int]) -> None:
     num_rows, width, out_width = shape
     x = torch.ones(num_rows, width, requires_grad=True)
     weights = torch.ones(2, width, out_width, requires_grad=True)
     offsets = offsets_of((num_rows // 2, num_rows // 2))
-    out = resolve("grouped_mm", "cpu", provider)(x, weights, offsets)
+    out = kernel("grouped_mm")(x, weights, offsets)
     assert torch.equal(out, torch.zeros(num_rows, out_width))
     out.sum().backward()
     for leaf in (x, weights):
@@ -121,9 +122,8 @@ def test_empty(provider: str, shape: tuple[int, int, int]) -> None:
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_strided_input(provider: str) -> None:
-    op = resolve("grouped_mm", "cpu", provider)
+def test_strided_input(kernel: Kernels) -> None:
+    op = kernel("grouped_mm")
     weights = randn(2, 6, 5, dtype=torch.float32, seed=1)
     offsets = offsets_of((4, 3))
     for x in (randn(14, 12, dtype=torch.float32, seed=0)[::2, ::2],
@@ -137,11 +137,10 @@ def test_strided_input(provider: str) -> None:
     assert_close("grouped_mm", x.grad, wanted)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_row_past_the_last_segment_does_not_leak(provider: str) -> None:
+def test_row_past_the_last_segment_does_not_leak(kernel: Kernels) -> None:
     x = torch.ones(5, 3).index_fill(0, torch.tensor([4]), float("nan")).requires_grad_()
     weights = torch.ones(1, 3, 2, requires_grad=True)
-    out = resolve("grouped_mm", "cpu", provider)(x, weights, offsets_of((4,)))
+    out = kernel("grouped_mm")(x, weights, offsets_of((4,)))
     assert out.tolist() == [[3.0, 3.0]] * 4 + [[0.0, 0.0]]
     out.sum().backward()
     assert weights.grad is not None

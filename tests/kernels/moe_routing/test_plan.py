@@ -1,15 +1,18 @@
 """moe_plan: each provider against a plan made slot by slot."""
 
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from carillon.kernels.moe_routing.reference import num_rows
-from carillon.kernels.table import OPS, resolve
+from carillon.kernels.table import resolve
 
-PROVIDERS = OPS["moe_plan"].providers["cpu"]
+Kernels = Callable[[str], Callable[..., Any]]
+pytestmark = pytest.mark.op("moe_plan")
 
 
 def indices_of(num_tokens: int, num_experts: int, k: int) -> Tensor:
@@ -35,7 +38,6 @@ def slot_by_slot(
     return offsets, rows
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize(
     ("shape", "alignment", "capacity"),
     [
@@ -51,11 +53,11 @@ def slot_by_slot(
     ids=str,
 )
 def test_matches_a_plan_slot_by_slot(
-    provider: str, shape: tuple[int, int, int], alignment: int, capacity: int | None
+    kernel: Kernels, shape: tuple[int, int, int], alignment: int, capacity: int | None
 ) -> None:
     num_tokens, num_experts, k = shape
     indices = indices_of(num_tokens, num_experts, k)
-    plan = resolve("moe_plan", "cpu", provider)(indices, num_experts, alignment, capacity)
+    plan = kernel("moe_plan")(indices, num_experts, alignment, capacity)
     offsets, row_to_slot, slot_to_row = plan
     wanted_offsets, rows = slot_by_slot(indices, num_experts, alignment, capacity)
     assert all(tensor.dtype == torch.int32 for tensor in plan)
@@ -91,20 +93,18 @@ def test_rows_suffice_for_any_choice_and_are_not_many_more(alignment: int) -> No
                 assert size <= num_slots + num_experts * (alignment - 1)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_no_tokens(provider: str) -> None:
+def test_no_tokens(kernel: Kernels) -> None:
     indices = torch.zeros(0, 2, dtype=torch.int32)
-    offsets, row_to_slot, slot_to_row = resolve("moe_plan", "cpu", provider)(indices, 3)
+    offsets, row_to_slot, slot_to_row = kernel("moe_plan")(indices, 3)
     assert offsets.tolist() == [0] * 4
     assert row_to_slot.shape == (0,)
     assert slot_to_row.shape == (0, 2)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_strided_indices(provider: str) -> None:
+def test_strided_indices(kernel: Kernels) -> None:
     indices = indices_of(40, 8, 4)[::2, 1::2]
     assert not indices.is_contiguous()
-    op = resolve("moe_plan", "cpu", provider)
+    op = kernel("moe_plan")
     for got, want in zip(op(indices, 8), op(indices.contiguous(), 8), strict=True):
         assert torch.equal(got, want)
 

@@ -1,13 +1,17 @@
 """moe_permute and moe_unpermute: each provider against sums in float64, values and gradients."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from carillon.kernels.table import OPS, resolve
+from carillon.kernels.table import resolve
 from carillon.kernels.tolerances import TOLERANCES
 
-PROVIDERS = OPS["moe_permute"].providers["cpu"]
+Kernels = Callable[[str], Callable[..., Any]]
+pytestmark = pytest.mark.op("moe_permute")
 DTYPES = [torch.float32, torch.bfloat16]
 # Tokens, experts, k, width, capacity: one of each; widths beside a vector's; dropped slots; more
 # columns than a block of 1024 only for providers that are compiled.
@@ -39,16 +43,15 @@ def permutation(row_to_slot: Tensor, num_slots: int) -> Tensor:
     return matrix
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_permute(
-    provider: str, dtype: torch.dtype, case: tuple[int, int, int, int, int | None]
+    kernel: Kernels, dtype: torch.dtype, case: tuple[int, int, int, int, int | None]
 ) -> None:
     num_tokens, num_experts, k, width, capacity = case
     row_to_slot, slot_to_row = plan_of(num_tokens, num_experts, k, capacity)
     x = randn(num_tokens, width, dtype=dtype).requires_grad_()
-    rows = resolve("moe_permute", "cpu", provider)(x, row_to_slot, slot_to_row)
+    rows = kernel("moe_permute")(x, row_to_slot, slot_to_row)
     matrix = permutation(row_to_slot, num_tokens * k)
     wanted = matrix @ x.detach().double().repeat_interleave(k, 0)
     assert torch.equal(rows.double(), wanted)
@@ -58,17 +61,16 @@ def test_permute(
     assert_close("moe_permute", x.grad, (matrix.T @ grad.double()).view(-1, k, width).sum(1))
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_unpermute(
-    provider: str, dtype: torch.dtype, case: tuple[int, int, int, int, int | None]
+    kernel: Kernels, dtype: torch.dtype, case: tuple[int, int, int, int, int | None]
 ) -> None:
     num_tokens, num_experts, k, width, capacity = case
     maps = plan_of(num_tokens, num_experts, k, capacity)
     rows = randn(len(maps[0]), width, dtype=dtype).requires_grad_()
     weights = randn(num_tokens, k, seed=2).requires_grad_()
-    out = resolve("moe_unpermute", "cpu", provider)(rows, weights, *maps)
+    out = kernel("moe_unpermute")(rows, weights, *maps)
     exact_rows = rows.detach().double().requires_grad_()
     exact_weights = weights.detach().double().requires_grad_()
     slots = permutation(maps[0], num_tokens * k).T @ exact_rows
@@ -83,10 +85,11 @@ def test_unpermute(
         assert_close("moe_unpermute", got, exact)
 
 
+@pytest.mark.parametrize("width", [3200, 3232])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_wide_and_large_rows(dtype: torch.dtype) -> None:
-    """Several blocks of columns, and results large enough to be written past the caches."""
-    num_tokens, k, width = 700, 2, 3200
+def test_wide_and_large_rows(instruction_set: str, dtype: torch.dtype, width: int) -> None:
+    """Results large enough to be written past the caches, also where a step is not whole lines."""
+    num_tokens, k = 700, 2
     maps = plan_of(num_tokens, 5, k, None)
     x = randn(num_tokens, width, dtype=dtype)
     rows = resolve("moe_permute", "cpu", "native")(x, *maps)
@@ -104,34 +107,49 @@ def test_wide_and_large_rows(dtype: torch.dtype) -> None:
     assert_close("moe_unpermute", rows.grad, grad.double()[token_R] * weight_R.double()[:, None])
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_dropped_rows_leave_no_trace(provider: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 3, 16, 31, 64, 67, 131])
+def test_every_width_beside_a_vector(instruction_set: str, dtype: torch.dtype, width: int) -> None:
+    num_tokens, k = 5, 3
+    maps = plan_of(num_tokens, 4, k, None)
+    rows = randn(len(maps[0]), width, dtype=dtype)
+    weights, grad = randn(num_tokens, k, seed=2), randn(num_tokens, width, dtype=dtype, seed=3)
+    out = resolve("moe_unpermute", "cpu", "native")(rows, weights, *maps)
+    row_TK = maps[1].long()
+    taken_TKD = rows.double()[row_TK]
+    assert_close("moe_unpermute", out, (taken_TKD * weights[..., None]).sum(1))
+    backward = torch.ops.carillon.moe_unpermute_backward
+    grad_rows, grad_weights = backward(grad, rows, weights, *maps)
+    wanted = weights.double()[..., None] * grad.double()[:, None]
+    assert_close("moe_unpermute", grad_rows[row_TK], wanted)
+    assert_close("moe_unpermute", grad_weights, (taken_TKD * grad.double()[:, None]).sum(2))
+
+
+def test_dropped_rows_leave_no_trace(kernel: Kernels) -> None:
     """All dropped for the last token: zeros, whatever the rows hold."""
     indices = torch.tensor([[0], [0], [0]], dtype=torch.int32)
-    _, *maps = resolve("moe_plan", "cpu", provider)(indices, 2, 2, 2)
+    _, *maps = kernel("moe_plan")(indices, 2, 2, 2)
     rows = torch.full((len(maps[0]), 3), float("inf"))
-    out = resolve("moe_unpermute", "cpu", provider)(rows, torch.ones(3, 1), *maps)
+    out = kernel("moe_unpermute")(rows, torch.ones(3, 1), *maps)
     assert out[:2].isinf().all()
     assert out[2].tolist() == [0.0] * 3
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_not_a_number_passes_through_as_one(provider: str) -> None:
+def test_not_a_number_passes_through_as_one(kernel: Kernels) -> None:
     maps = plan_of(4, 3, 2, None)
     x = torch.full((4, 5), float("nan"), dtype=torch.bfloat16)
-    rows = resolve("moe_permute", "cpu", provider)(x, *maps)
-    out = resolve("moe_unpermute", "cpu", provider)(rows, torch.ones(4, 2), *maps)
+    rows = kernel("moe_permute")(x, *maps)
+    out = kernel("moe_unpermute")(rows, torch.ones(4, 2), *maps)
     assert out.isnan().all()
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize(("num_tokens", "width"), [(0, 4), (5, 0)])
-def test_empty(provider: str, num_tokens: int, width: int) -> None:
+def test_empty(kernel: Kernels, num_tokens: int, width: int) -> None:
     maps = plan_of(num_tokens, 3, 2, None)
     x = torch.zeros(num_tokens, width, requires_grad=True)
     weights = torch.zeros(num_tokens, 2, requires_grad=True)
-    rows = resolve("moe_permute", "cpu", provider)(x, *maps)
-    out = resolve("moe_unpermute", "cpu", provider)(rows, weights, *maps)
+    rows = kernel("moe_permute")(x, *maps)
+    out = kernel("moe_unpermute")(rows, weights, *maps)
     assert rows.shape == (len(maps[0]), width)
     assert out.shape == x.shape
     out.sum().backward()
@@ -139,10 +157,9 @@ def test_empty(provider: str, num_tokens: int, width: int) -> None:
     assert x.grad.shape == x.shape
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_strided_input(provider: str) -> None:
+def test_strided_input(kernel: Kernels) -> None:
     maps = plan_of(6, 3, 2, None)
-    op = resolve("moe_permute", "cpu", provider)
+    op = kernel("moe_permute")
     for x in (randn(12, 20)[::2, 1::2], randn(10, 6).T, randn(1, 4).expand(6, -1)):
         assert not x.is_contiguous()
         assert torch.equal(op(x, *maps), op(x.contiguous(), *maps))

@@ -1,15 +1,17 @@
 """moe_topk: each provider against the definition in float64, values and gradients."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from carillon.kernels.table import OPS, resolve
+from carillon.kernels.table import resolve
 from carillon.kernels.tolerances import TOLERANCES
 
-PROVIDERS = OPS["moe_topk"].providers["cpu"]
+Kernels = Callable[[str], Callable[..., Any]]
+pytestmark = pytest.mark.op("moe_topk")
 EPSILON = 1e-20
 
 
@@ -63,17 +65,16 @@ def assert_close(got: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(got.double(), wanted, atol=tolerance.atol, rtol=tolerance.rtol)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_definition(
-    provider: str, dtype: torch.dtype, rule: Rule, shape: tuple[int, int, int]
+    kernel: Kernels, dtype: torch.dtype, rule: Rule, shape: tuple[int, int, int]
 ) -> None:
     num_tokens, num_experts, k = shape
     logits = logits_of(num_tokens, num_experts, dtype).requires_grad_()
     bias = bias_of(num_experts) if rule.biased else None
-    op = resolve("moe_topk", "cpu", provider)
+    op = kernel("moe_topk")
     weights, indices, counts, means, z = op(
         logits, k, rule.score, rule.renormalize, rule.scale, bias
     )
@@ -106,35 +107,32 @@ def test_many_tokens_cross_chunks(provider: str) -> None:
         assert_close(got, want)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_ties_go_to_the_lower_expert(provider: str) -> None:
+def test_ties_go_to_the_lower_expert(kernel: Kernels) -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0], [0.0, -0.0, 0.0, -0.0, -0.0], [-1.0] * 5])
-    op = resolve("moe_topk", "cpu", provider)
+    op = kernel("moe_topk")
     _, indices, *_ = op(logits, 3)
     assert indices.tolist() == [[1, 2, 3], [0, 1, 2], [0, 1, 2]]
     _, indices, *_ = op(logits, 5, "sigmoid", True, 1.0, torch.zeros(5))
     assert indices.tolist() == [[1, 2, 3, 0, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_bias_moves_the_choice_and_not_the_weights(provider: str) -> None:
+def test_bias_moves_the_choice_and_not_the_weights(kernel: Kernels) -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)
     bias = torch.tensor([0.0, 0.0, 5.0])
-    op = resolve("moe_topk", "cpu", provider)
+    op = kernel("moe_topk")
     weights, indices, *_ = op(logits, 2, "sigmoid", False, 1.0, bias)
     assert indices.tolist() == [[2, 0]]
     torch.testing.assert_close(weights, logits.detach()[:, [2, 0]].sigmoid())
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("scale", [1e-4, 60.0, 1e30])
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy, interpreting
-def test_extreme_logits_stay_finite(provider: str, rule: Rule, scale: float) -> None:
+def test_extreme_logits_stay_finite(kernel: Kernels, rule: Rule, scale: float) -> None:
     """Scores of exactly 0 and 1, and squares that overflow nowhere but in the z loss."""
     logits = logits_of(6, 12, torch.float32, scale).requires_grad_()
     bias = bias_of(12) if rule.biased else None
-    op = resolve("moe_topk", "cpu", provider)
+    op = kernel("moe_topk")
     weights, indices, _, means, _ = op(logits, 3, rule.score, rule.renormalize, rule.scale, bias)
     wanted = definition(logits.detach().double(), indices, rule)
     assert_close(weights, wanted[0])
@@ -144,10 +142,9 @@ def test_extreme_logits_stay_finite(provider: str, rule: Rule, scale: float) -> 
     assert logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_no_tokens(provider: str) -> None:
+def test_no_tokens(kernel: Kernels) -> None:
     logits = torch.zeros(0, 4, requires_grad=True)
-    weights, indices, counts, means, z = resolve("moe_topk", "cpu", provider)(logits, 2)
+    weights, indices, counts, means, z = kernel("moe_topk")(logits, 2)
     assert weights.shape == indices.shape == (0, 2)
     assert counts.tolist() == [0] * 4
     assert means.tolist() == [0.0] * 4
@@ -157,10 +154,9 @@ def test_no_tokens(provider: str) -> None:
     assert logits.grad.shape == (0, 4)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_strided_logits(provider: str) -> None:
+def test_strided_logits(kernel: Kernels) -> None:
     whole = logits_of(22, 30, torch.float32)
-    op = resolve("moe_topk", "cpu", provider)
+    op = kernel("moe_topk")
     for logits in (whole[::2, 3::3], whole.T, whole[:1].expand(5, -1)):
         assert not logits.is_contiguous()
         for got, want in zip(op(logits, 2), op(logits.contiguous(), 2), strict=True):

@@ -25,14 +25,16 @@ class Batch:
 
     def arguments(self) -> tuple[object, ...]:
         """All that follows q, k and v."""
-        prefixes = None if self.prefixes is None else torch.tensor(self.prefixes)
+        device = self.q.device
+        prefixes = None if self.prefixes is None else torch.tensor(self.prefixes, device=device)
         most = (max(self.lengths_q, default=0), max(self.lengths_k, default=0))
-        starts = (_starts(self.lengths_q).int(), _starts(self.lengths_k))
+        starts = (_starts(self.lengths_q).int().to(device), _starts(self.lengths_k).to(device))
         return (*starts, *most, self.causal, prefixes, self.scale)
 
     def definition(self) -> tuple[Tensor, ...]:
-        """out, lse, dq, dk and dv in float64."""
-        q, k, v = (x.detach().double().requires_grad_() for x in (self.q, self.k, self.v))
+        """out, lse, dq, dk and dv in float64, on the CPU."""
+        inputs = (self.q, self.k, self.v)
+        q, k, v = (x.detach().cpu().double().requires_grad_() for x in inputs)
         mask = self._mask()
         group = q.shape[1] // k.shape[1]
         scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1))
@@ -43,8 +45,9 @@ class Batch:
         out = torch.zeros_like(q).index_put((rows.nonzero()[:, 0],), some)
         lse = torch.full(scores.shape[:2], -torch.inf, dtype=torch.float64)
         lse[:, rows] = seen.logsumexp(2)
-        kept = torch.where(torch.isfinite(lse), self.grad_lse.double() * lse, 0.0).sum()
-        loss = (self.grad_out.double() * out).sum() + kept
+        grad_lse = self.grad_lse.cpu().double()
+        kept = torch.where(torch.isfinite(lse), grad_lse * lse, 0.0).sum()
+        loss = (self.grad_out.cpu().double() * out).sum() + kept
         grads = torch.autograd.grad(loss, [q, k, v])
         return out.detach(), lse.detach(), *grads
 
@@ -75,13 +78,14 @@ def new_batch() -> Callable[..., Batch]:
         head_dim: int = 64,
         dtype: torch.dtype = torch.float32,
         size: float = 1.0,
+        device: str = "cpu",
         **mask: object,
     ) -> Batch:
         lengths_k = lengths_q if lengths_k is None else lengths_k
         generator = torch.Generator().manual_seed(11)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).clamp(-4, 4)
+            return torch.randn(*shape, generator=generator).clamp(-4, 4).to(device)
 
         q_shape = (sum(lengths_q), heads[0], head_dim)
         k_shape = (sum(lengths_k), heads[1], head_dim)
