@@ -4,8 +4,9 @@ An operator is defined by its reference (plain torch, carillon.kernels.<folder>.
 provider computes the same thing faster. The device picks the provider, or the caller names one; a
 provider that cannot run raises and says why. Nothing falls back by itself: a slow reference taken
 silently would look like a slow machine.
-`native` (C++ and CUDA) is torch.ops.carillon.<op>, `triton` is torch.ops.carillon_triton.<op>: the
-same schemas, which csrc/bindings.cpp declares, and the same shape functions and autograd formulas.
+`native` (C++ and CUDA) is torch.ops.carillon.<op>, `triton` is torch.ops.carillon_triton.<op> and
+`torch` (torch's own fused op, where it has one) torch.ops.carillon_torch.<op>: the same schemas,
+which csrc/bindings.cpp declares, and the same shape functions and autograd formulas.
 Left out: choosing by shape or by measurement.
 """
 
@@ -44,16 +45,20 @@ class Op:
         return f"carillon.kernels.{self.folder or self.name}"
 
 
-def _op(name: str, folder: str = "", by_others: tuple[str, ...] = ()) -> Op:
-    """One with a native provider on the CPU and Triton's on CUDA, and other libraries' there.
+def _op(
+    name: str, folder: str = "", *, cpu: tuple[str, ...] = (), cuda: tuple[str, ...] = ()
+) -> Op:
+    """One with a native provider on the CPU and Triton's on CUDA, and others by device.
 
     On CUDA all but the reference are taken by name only until they have run there
     (docs/gpu-status.md).
     """
-    on_cuda = ("reference", "triton", *by_others)
     return Op(
         name=name,
-        providers={"cpu": ("native", "reference", "triton"), "cuda": on_cuda},
+        providers={
+            "cpu": ("native", "reference", "triton", *cpu),
+            "cuda": ("reference", "triton", *cuda),
+        },
         folder=folder,
     )
 
@@ -72,16 +77,17 @@ OPS: Mapping[str, Op] = MappingProxyType(
             # What their autograd formulas call, and a loss whose columns come in chunks.
             _op("contrastive_backward", "contrastive"),
             _op("contrastive_sigmoid_backward", "contrastive"),
-            _op("packed_attention", by_others=("flash_attn", "cudnn")),
+            _op("packed_attention", cuda=("flash_attn", "cudnn")),
             # What the autograd formula of the one before calls.
             _op("packed_attention_backward", "packed_attention"),
             _op("fp8_cast"),
             *(
-                _op(name, "moe_routing")
-                for name in (
-                    *("moe_topk", "moe_plan", "moe_permute", "moe_unpermute"),
-                    *("grouped_mm", "gather_grouped_mm"),
-                )
+                _op(name, "moe_routing", cuda=("native",))
+                for name in ("moe_topk", "moe_plan", "moe_permute", "moe_unpermute")
+            ),
+            *(
+                _op(name, "moe_routing", cpu=("torch",), cuda=("torch",))
+                for name in ("grouped_mm", "gather_grouped_mm")
             ),
         )
     }
@@ -133,6 +139,11 @@ def _triton(op: str, kind: str) -> Kernel:
     return cast(Kernel, getattr(torch.ops.carillon_triton, op))
 
 
+def _torch(op: str, kind: str) -> Kernel:
+    load_torch()
+    return cast(Kernel, getattr(torch.ops.carillon_torch, op))
+
+
 def _external(provider: str, op: str, kind: str) -> Kernel:
     """Another library's, which need not be installed."""
     return cast(Kernel, importlib.import_module(f"{OPS[op].home}.external").load(provider))
@@ -143,6 +154,7 @@ _PROVIDERS: Mapping[str, Callable[[str, str], Kernel]] = MappingProxyType(
         "native": _native,
         "reference": _reference,
         "triton": _triton,
+        "torch": _torch,
         **{name: functools.partial(_external, name) for name in ("flash_attn", "cudnn")},
     }
 )
@@ -188,15 +200,32 @@ def load_triton() -> torch.library.Library:
             f"Triton cannot be imported ({error}): install it by 'pip install triton', or choose "
             "another provider"
         ) from error
-    library = torch.library.Library("carillon_triton", "DEF")  # type: ignore[no-untyped-call]
-    keys = ("CUDA", "CPU") if interprets_triton() else ("CUDA",)
-    for home in _homes("triton"):
-        for name, function in importlib.import_module(f"{home}.triton_impl").IMPLEMENTS.items():
+    return _define("triton", ("CUDA", "CPU") if interprets_triton() else ("CUDA",))
+
+
+@functools.cache
+def load_torch() -> torch.library.Library:
+    """Defines carillon_torch, native schemas computed by torch; the caller keeps nothing.
+
+    Raises:
+        ProviderError: the native module that declares the schemas is missing.
+    """
+    load_native()
+    return _define("torch", ("CUDA", "CPU"))
+
+
+def _define(provider: str, keys: tuple[str, ...]) -> torch.library.Library:
+    """A namespace of the provider's ops, with the native schemas."""
+    namespace = f"carillon_{provider}"
+    library = torch.library.Library(namespace, "DEF")  # type: ignore[no-untyped-call]
+    for home in _homes(provider):
+        implementation = importlib.import_module(f"{home}.{provider}_impl")
+        for name, function in implementation.IMPLEMENTS.items():
             schema = str(getattr(torch.ops.carillon, name).default._schema)
             library.define(schema.removeprefix("carillon::"))  # type: ignore[no-untyped-call]
             for key in keys:
                 library.impl(name, function, key)  # type: ignore[no-untyped-call]
-        importlib.import_module(f"{home}.registration").register("carillon_triton")
+        importlib.import_module(f"{home}.registration").register(namespace)
     return library
 
 

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Optional.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -70,6 +71,27 @@ inline void check_topk(const at::Tensor& logits, int64_t k, std::string_view sco
   require_same_device(op, logits, "selection_bias", *selection_bias);
 }
 
+inline void check_topk_backward(const at::Tensor& grad_weights, const at::Tensor& grad_means,
+                                const at::Tensor& grad_z, const at::Tensor& logits,
+                                const at::Tensor& indices, std::string_view score, double scale) {
+  const char* op = "moe_topk_backward";
+  require_floats(op, "logits", logits, 2, "(T, E)");
+  require_experts(op, logits.size(1));
+  require_int32(op, "indices", indices, 2, "(T, k)");
+  check_score(score, scale);
+  TORCH_CHECK_VALUE(indices.size(0) == logits.size(0), op, ": indices must have ", logits.size(0),
+                    " rows as logits has, got ", indices.size(0));
+  TORCH_CHECK_VALUE(grad_weights.sizes() == indices.sizes() && grad_means.dim() == 1 &&
+                        grad_means.size(0) == logits.size(1) && grad_z.dim() == 0,
+                    op, ": gradients must have the shapes (", indices.size(0), ", ",
+                    indices.size(1), "), (", logits.size(1), ",) and (), got ",
+                    grad_weights.sizes(), ", ", grad_means.sizes(), " and ", grad_z.sizes());
+  require_same_device(op, logits, "indices", indices);
+  require_same_device(op, logits, "grad_weights", grad_weights);
+  require_same_device(op, logits, "grad_mean_scores", grad_means);
+  require_same_device(op, logits, "grad_z_loss", grad_z);
+}
+
 inline void check_plan(const at::Tensor& indices, int64_t num_experts, int64_t alignment,
                        std::optional<int64_t> capacity) {
   const char* op = "moe_plan";
@@ -82,6 +104,17 @@ inline void check_plan(const at::Tensor& indices, int64_t num_experts, int64_t a
   TORCH_CHECK_VALUE(alignment <= kMaxSlots && num_experts <= kMaxSlots &&
                         indices.numel() + num_experts * (alignment - 1) <= kMaxSlots,
                     op, ": there must be at most ", kMaxSlots, " rows, padding included");
+}
+
+// As reference.py's num_rows: rows that any choice of experts fits into.
+inline int64_t num_rows(int64_t num_slots, int64_t num_experts, int64_t alignment,
+                        std::optional<int64_t> capacity) {
+  int64_t most = num_slots + std::min(num_experts, num_slots) * (alignment - 1);
+  most = most / alignment * alignment;
+  // A capacity above the slots holds nothing back; the test keeps the product below in range.
+  if (!capacity || *capacity >= num_slots) return most;
+  const int64_t padded = (*capacity + alignment - 1) / alignment * alignment;
+  return std::min(most, num_experts * padded);
 }
 
 inline void check_maps(const char* op, const at::Tensor& row_to_slot,
@@ -103,9 +136,36 @@ inline void require_rows(const char* op, const at::Tensor& rows, const at::Tenso
                     row_to_slot.size(0), ", as row_to_slot has, got ", rows.size(0));
 }
 
-inline void check_unpermute(const at::Tensor& rows, const at::Tensor& weights,
+// A gradient has the type and the device of what it is a gradient of.
+inline void require_grad(const char* op, const at::Tensor& grad, const at::Tensor& x,
+                         int64_t num_rows, int64_t width) {
+  TORCH_CHECK_VALUE(grad.scalar_type() == x.scalar_type() && grad.dim() == 2 &&
+                        grad.size(0) == num_rows && grad.size(1) == width,
+                    op, ": grad must be ", x.scalar_type(), " of the shape (", num_rows, ", ",
+                    width, "), got ", grad.scalar_type(), " ", grad.sizes());
+  require_same_device(op, x, "grad", grad);
+}
+
+inline void check_permute(const at::Tensor& x, const at::Tensor& row_to_slot,
+                          const at::Tensor& slot_to_row) {
+  const char* op = "moe_permute";
+  require_floats(op, "x", x, 2, "(T, D)");
+  require_same_device(op, x, "slot_to_row", slot_to_row);
+  check_maps(op, row_to_slot, slot_to_row);
+  require_tokens(op, "x", x, slot_to_row);
+}
+
+inline void check_permute_backward(const at::Tensor& grad, const at::Tensor& row_to_slot,
+                                   const at::Tensor& slot_to_row) {
+  const char* op = "moe_permute_backward";
+  require_floats(op, "grad", grad, 2, "(R, D)");
+  require_same_device(op, grad, "slot_to_row", slot_to_row);
+  check_maps(op, row_to_slot, slot_to_row);
+  require_rows(op, grad, row_to_slot);
+}
+
+inline void check_unpermute(const char* op, const at::Tensor& rows, const at::Tensor& weights,
                             const at::Tensor& row_to_slot, const at::Tensor& slot_to_row) {
-  const char* op = "moe_unpermute";
   require_floats(op, "rows", rows, 2, "(R, D)");
   TORCH_CHECK_VALUE(weights.scalar_type() == at::kFloat, op, ": weights must be float32, got ",
                     weights.scalar_type());

@@ -36,14 +36,6 @@ void zero_from(at::Tensor& rows, int64_t first) {
   if (first < rows.size(0)) rows.narrow(0, first, rows.size(0) - first).zero_();
 }
 
-void require_grad(const char* op, const at::Tensor& grad, const at::Tensor& x, int64_t num_rows,
-                  int64_t width) {
-  TORCH_CHECK_VALUE(grad.scalar_type() == x.scalar_type() && grad.dim() == 2 &&
-                        grad.size(0) == num_rows && grad.size(1) == width,
-                    op, ": grad must be ", x.scalar_type(), " of the shape (", num_rows, ", ",
-                    width, "), got ", grad.scalar_type(), " ", grad.sizes());
-}
-
 // x's rows of each expert times its matrix.
 at::Tensor multiply(const at::Tensor& x, const at::Tensor& weights,
                     const std::vector<int64_t>& ends) {

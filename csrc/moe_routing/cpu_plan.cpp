@@ -16,17 +16,6 @@ namespace {
 
 constexpr int64_t kMinChunkSlots = 4096;
 
-// As reference.py's num_rows: rows that any choice of experts fits into.
-int64_t num_rows(int64_t num_slots, int64_t num_experts, int64_t alignment,
-                 std::optional<int64_t> capacity) {
-  int64_t most = num_slots + std::min(num_experts, num_slots) * (alignment - 1);
-  most = most / alignment * alignment;
-  // A capacity above the slots holds nothing back; the test keeps the product below in range.
-  if (!capacity || *capacity >= num_slots) return most;
-  const int64_t padded = (*capacity + alignment - 1) / alignment * alignment;
-  return std::min(most, num_experts * padded);
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_plan(const at::Tensor& indices,
                                                         int64_t num_experts, int64_t alignment,
                                                         std::optional<int64_t> capacity) {

@@ -52,11 +52,8 @@ void zero_padding(const Maps& maps, at::Tensor& rows) {
 
 at::Tensor moe_permute(const at::Tensor& x, const at::Tensor& row_to_slot,
                        const at::Tensor& slot_to_row) {
-  const char* op = "moe_permute";
-  require_floats(op, "x", x, 2, "(T, D)");
-  require_same_device(op, x, "slot_to_row", slot_to_row);
-  const Maps maps = checked_maps(op, row_to_slot, slot_to_row);
-  require_tokens(op, "x", x, slot_to_row);
+  check_permute(x, row_to_slot, slot_to_row);
+  const Maps maps = checked_maps("moe_permute", row_to_slot, slot_to_row);
   const at::Tensor source = x.contiguous();
   at::Tensor out = empty_on_huge_pages({maps.num_rows, x.size(1)}, source.options());
   const int64_t size = row_bytes(out);
@@ -115,16 +112,14 @@ at::Tensor sum_of_rows(const Maps& maps, const at::Tensor& rows, const float* we
 
 at::Tensor moe_permute_backward(const at::Tensor& grad, const at::Tensor& row_to_slot,
                                 const at::Tensor& slot_to_row) {
-  const char* op = "moe_permute_backward";
-  require_floats(op, "grad", grad, 2, "(R, D)");
-  const Maps maps = checked_maps(op, row_to_slot, slot_to_row);
-  require_rows(op, grad, row_to_slot);
+  check_permute_backward(grad, row_to_slot, slot_to_row);
+  const Maps maps = checked_maps("moe_permute_backward", row_to_slot, slot_to_row);
   return sum_of_rows(maps, grad, nullptr);
 }
 
 at::Tensor moe_unpermute(const at::Tensor& rows, const at::Tensor& weights,
                          const at::Tensor& row_to_slot, const at::Tensor& slot_to_row) {
-  check_unpermute(rows, weights, row_to_slot, slot_to_row);
+  check_unpermute("moe_unpermute", rows, weights, row_to_slot, slot_to_row);
   const Maps maps = checked_maps("moe_unpermute", row_to_slot, slot_to_row);
   const at::Tensor factors = weights.contiguous();
   return sum_of_rows(maps, rows, factors.const_data_ptr<float>());
@@ -136,12 +131,9 @@ std::tuple<at::Tensor, at::Tensor> moe_unpermute_backward(const at::Tensor& grad
                                                           const at::Tensor& row_to_slot,
                                                           const at::Tensor& slot_to_row) {
   const char* op = "moe_unpermute_backward";
-  check_unpermute(rows, weights, row_to_slot, slot_to_row);
+  check_unpermute(op, rows, weights, row_to_slot, slot_to_row);
   const Maps maps = checked_maps(op, row_to_slot, slot_to_row);
-  TORCH_CHECK_VALUE(grad.scalar_type() == rows.scalar_type() && grad.dim() == 2 &&
-                        grad.size(0) == maps.num_tokens && grad.size(1) == rows.size(1),
-                    op, ": grad must be ", rows.scalar_type(), " of the shape (", maps.num_tokens,
-                    ", ", rows.size(1), "), got ", grad.scalar_type(), " ", grad.sizes());
+  require_grad(op, grad, rows, maps.num_tokens, rows.size(1));
   const at::Tensor from = grad.contiguous(), source = rows.contiguous();
   const at::Tensor factors = weights.contiguous();
   at::Tensor grad_rows = empty_on_huge_pages(source.sizes(), source.options());

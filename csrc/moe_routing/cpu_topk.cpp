@@ -301,17 +301,8 @@ at::Tensor moe_topk_backward(const at::Tensor& grad_weights, const at::Tensor& g
                              const at::Tensor& indices, c10::string_view score, bool renormalize,
                              double scale) {
   const char* op = "moe_topk_backward";
-  require_floats(op, "logits", logits, 2, "(T, E)");
-  require_int32(op, "indices", indices, 2, "(T, k)");
-  check_score(score, scale);
+  check_topk_backward(grad_weights, grad_means, grad_z, logits, indices, score, scale);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1), k = indices.size(1);
-  TORCH_CHECK_VALUE(indices.size(0) == num_tokens, op, ": indices must have ", num_tokens,
-                    " rows as logits has, got ", indices.size(0));
-  TORCH_CHECK_VALUE(grad_weights.sizes() == indices.sizes() && grad_means.dim() == 1 &&
-                        grad_means.size(0) == num_experts && grad_z.numel() == 1,
-                    op, ": gradients must have the shapes (", num_tokens, ", ", k, "), (",
-                    num_experts, ",) and (), got ", grad_weights.sizes(), ", ", grad_means.sizes(),
-                    " and ", grad_z.sizes());
   const Routing routing = routing_of(logits, k, score, renormalize, scale);
   const at::Tensor source = logits.to(at::kFloat).contiguous();
   const at::Tensor chosen = indices.contiguous();

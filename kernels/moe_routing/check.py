@@ -45,10 +45,7 @@ def check_topk(
         raise ValueError(f"{op}: there must be at least one expert, got {num_experts}")
     if not 1 <= k <= num_experts:
         raise ValueError(f"{op}: k must be from 1 to the number of experts {num_experts}, got {k}")
-    if score not in SCORES:
-        raise ValueError(f"{op}: score must be softmax or sigmoid, got {score}")
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"{op}: scale must be finite and positive, got {scale}")
+    _check_score(score, scale)
     if selection_bias_E is not None:
         if score != "sigmoid":
             raise ValueError(f"{op}: selection_bias needs sigmoid scores, got {score}")
@@ -60,6 +57,39 @@ def check_topk(
                 f"got {tuple(selection_bias_E.shape)}"
             )
         require_same_device(op, logits_TE, "selection_bias", selection_bias_E)
+
+
+def check_topk_backward(
+    grad_weights_TK: Tensor,
+    grad_mean_scores_E: Tensor,
+    grad_z_loss: Tensor,
+    logits_TE: Tensor,
+    indices_TK: Tensor,
+    score: str,
+    scale: float,
+) -> None:
+    op = "moe_topk_backward"
+    require_floats(op, "logits", logits_TE, 2, "(T, E)")
+    num_tokens, num_experts = logits_TE.shape
+    if num_experts < 1:
+        raise ValueError(f"{op}: there must be at least one expert, got {num_experts}")
+    require_int32(op, "indices", indices_TK, 2, "(T, k)")
+    _check_score(score, scale)
+    if indices_TK.shape[0] != num_tokens:
+        raise ValueError(
+            f"{op}: indices must have {num_tokens} rows as logits has, got {indices_TK.shape[0]}"
+        )
+    got = tuple(tuple(g.shape) for g in (grad_weights_TK, grad_mean_scores_E, grad_z_loss))
+    wanted = (tuple(indices_TK.shape), (num_experts,), ())
+    if got != wanted:
+        raise ValueError(
+            f"{op}: gradients must have the shapes {wanted[0]}, {wanted[1]} and {wanted[2]}, "
+            f"got {got[0]}, {got[1]} and {got[2]}"
+        )
+    require_same_device(op, logits_TE, "indices", indices_TK)
+    require_same_device(op, logits_TE, "grad_weights", grad_weights_TK)
+    require_same_device(op, logits_TE, "grad_mean_scores", grad_mean_scores_E)
+    require_same_device(op, logits_TE, "grad_z_loss", grad_z_loss)
 
 
 def check_plan(indices_TK: Tensor, num_experts: int, alignment: int, capacity: int | None) -> None:
@@ -94,10 +124,17 @@ def check_permute(x_TD: Tensor, row_to_slot_R: Tensor, slot_to_row_TK: Tensor) -
     _require_tokens(op, "x", x_TD, slot_to_row_TK)
 
 
+def check_permute_backward(grad_RD: Tensor, row_to_slot_R: Tensor, slot_to_row_TK: Tensor) -> None:
+    op = "moe_permute_backward"
+    require_floats(op, "grad", grad_RD, 2, "(R, D)")
+    require_same_device(op, grad_RD, "slot_to_row", slot_to_row_TK)
+    check_maps(op, row_to_slot_R, slot_to_row_TK)
+    _require_rows(op, grad_RD, row_to_slot_R)
+
+
 def check_unpermute(
-    rows_RD: Tensor, weights_TK: Tensor, row_to_slot_R: Tensor, slot_to_row_TK: Tensor
+    op: str, rows_RD: Tensor, weights_TK: Tensor, row_to_slot_R: Tensor, slot_to_row_TK: Tensor
 ) -> None:
-    op = "moe_unpermute"
     require_floats(op, "rows", rows_RD, 2, "(R, D)")
     if weights_TK.dtype != torch.float32:
         raise ValueError(f"{op}: weights must be float32, got {weights_TK.dtype}")
@@ -109,11 +146,7 @@ def check_unpermute(
             f"{op}: weights must have the shape of slot_to_row {tuple(slot_to_row_TK.shape)}, "
             f"got {tuple(weights_TK.shape)}"
         )
-    if rows_RD.shape[0] != row_to_slot_R.shape[0]:
-        raise ValueError(
-            f"{op}: rows must be {row_to_slot_R.shape[0]}, as row_to_slot has, "
-            f"got {rows_RD.shape[0]}"
-        )
+    _require_rows(op, rows_RD, row_to_slot_R)
 
 
 def check_grouped_mm(op: str, x_RD: Tensor, weights_EDF: Tensor, offsets: Tensor) -> None:
@@ -136,13 +169,13 @@ def check_grouped_mm(op: str, x_RD: Tensor, weights_EDF: Tensor, offsets: Tensor
 
 
 def check_gather_grouped_mm(
+    op: str,
     x_TD: Tensor,
     weights_EDF: Tensor,
     offsets: Tensor,
     row_to_slot_R: Tensor,
     slot_to_row_TK: Tensor,
 ) -> None:
-    op = "gather_grouped_mm"
     check_grouped_mm(op, x_TD, weights_EDF, offsets)
     require_same_device(op, x_TD, "slot_to_row", slot_to_row_TK)
     check_maps(op, row_to_slot_R, slot_to_row_TK)
@@ -155,3 +188,28 @@ def _require_tokens(op: str, name: str, x_TD: Tensor, slot_to_row_TK: Tensor) ->
             f"{op}: {name} must have {slot_to_row_TK.shape[0]} rows, one a token of slot_to_row, "
             f"got {x_TD.shape[0]}"
         )
+
+
+def require_grad(op: str, grad: Tensor, x: Tensor, num_rows: int, width: int) -> None:
+    """A gradient has the type and the device of what it is a gradient of."""
+    if grad.dtype != x.dtype or tuple(grad.shape) != (num_rows, width):
+        raise ValueError(
+            f"{op}: grad must be {x.dtype} of the shape ({num_rows}, {width}), "
+            f"got {grad.dtype} {tuple(grad.shape)}"
+        )
+    require_same_device(op, x, "grad", grad)
+
+
+def _require_rows(op: str, rows_RD: Tensor, row_to_slot_R: Tensor) -> None:
+    if rows_RD.shape[0] != row_to_slot_R.shape[0]:
+        raise ValueError(
+            f"{op}: rows must be {row_to_slot_R.shape[0]}, as row_to_slot has, "
+            f"got {rows_RD.shape[0]}"
+        )
+
+
+def _check_score(score: str, scale: float) -> None:
+    if score not in SCORES:
+        raise ValueError(f"moe_topk: score must be softmax or sigmoid, got {score}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"moe_topk: scale must be finite and positive, got {scale}")

@@ -148,7 +148,7 @@ def moe_unpermute(
         ValueError: another type, shape or device; on the CPU also maps that are not each other's
             inverse.
     """
-    check.check_unpermute(rows_RD, weights_TK, row_to_slot_R, slot_to_row_TK)
+    check.check_unpermute("moe_unpermute", rows_RD, weights_TK, row_to_slot_R, slot_to_row_TK)
     check_values.check_inverse("moe_unpermute", row_to_slot_R, slot_to_row_TK)
     kept_TK = slot_to_row_TK >= 0
     row_TK = torch.where(kept_TK, slot_to_row_TK, len(rows_RD)).long()
@@ -188,9 +188,10 @@ def gather_grouped_mm(
     Raises:
         ValueError: as grouped_mm and moe_permute.
     """
-    check.check_gather_grouped_mm(x_TD, weights_EDF, offsets, row_to_slot_R, slot_to_row_TK)
-    check_values.check_offsets("gather_grouped_mm", offsets, len(row_to_slot_R))
-    check_values.check_inverse("gather_grouped_mm", row_to_slot_R, slot_to_row_TK)
+    op = "gather_grouped_mm"
+    check.check_gather_grouped_mm(op, x_TD, weights_EDF, offsets, row_to_slot_R, slot_to_row_TK)
+    check_values.check_offsets(op, offsets, len(row_to_slot_R))
+    check_values.check_inverse(op, row_to_slot_R, slot_to_row_TK)
     return _grouped(moe_permute(x_TD, row_to_slot_R, slot_to_row_TK), weights_EDF, offsets)
 
 

@@ -1,6 +1,7 @@
-"""Shapes and gradients of the moe ops, for torch.ops.carillon and torch.ops.carillon_triton.
+"""Shapes and gradients of the moe ops, for torch.ops.carillon, carillon_triton, carillon_torch.
 
 A backward is an op of its own, so that torch.compile sees one call and each provider computes it.
+A namespace may have some of the ops only.
 """
 
 from collections.abc import Callable
@@ -39,6 +40,8 @@ def register(namespace: str) -> None:
         return *ops.gather_grouped_mm_backward(grad_RF, *ctx.saved_tensors), None, None, None
 
     for name, shape in _SHAPES.items():
+        if not hasattr(ops, name):
+            continue
         torch.library.register_fake(f"{namespace}::{name}", shape)
     for name, backward, save in (
         ("moe_topk", topk_backward, _save_topk),
@@ -47,7 +50,8 @@ def register(namespace: str) -> None:
         ("grouped_mm", mm_backward, _save_all),
         ("gather_grouped_mm", gather_backward, _save_all),
     ):
-        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=save)
+        if hasattr(ops, name):
+            torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=save)
 
 
 def _save_topk(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -120,7 +124,7 @@ def _permute_backward(grad_RD: Tensor, row_to_slot_R: Tensor, slot_to_row_TK: Te
 def _unpermute(
     rows_RD: Tensor, weights_TK: Tensor, row_to_slot_R: Tensor, slot_to_row_TK: Tensor
 ) -> Tensor:
-    check.check_unpermute(rows_RD, weights_TK, row_to_slot_R, slot_to_row_TK)
+    check.check_unpermute("moe_unpermute", rows_RD, weights_TK, row_to_slot_R, slot_to_row_TK)
     return rows_RD.new_empty((slot_to_row_TK.shape[0], rows_RD.shape[1]))
 
 
@@ -152,7 +156,8 @@ def _gather_grouped_mm(
     row_to_slot_R: Tensor,
     slot_to_row_TK: Tensor,
 ) -> Tensor:
-    check.check_gather_grouped_mm(x_TD, weights_EDF, offsets, row_to_slot_R, slot_to_row_TK)
+    op = "gather_grouped_mm"
+    check.check_gather_grouped_mm(op, x_TD, weights_EDF, offsets, row_to_slot_R, slot_to_row_TK)
     return x_TD.new_empty((row_to_slot_R.shape[0], weights_EDF.shape[2]))
 
 

@@ -32,6 +32,8 @@ LARGE = Tile(128, 256, 64, num_warps=8, num_stages=3)
 NARROW = Tile(128, 128, 64, num_warps=8, num_stages=4)
 SMALL = Tile(64, 128, 64, num_warps=4, num_stages=4)
 FLOAT32 = Tile(64, 64, 32, num_warps=4, num_stages=3)
+# Of zero_tail: as a rule the tail is one padded segment or none.
+TAIL_ROWS, TAIL_COLUMNS, TAIL_PROGRAMS = 4, 1024, 64
 GROUP_TILES = 8  # of rows, that share a column of weights in the second-level cache
 
 
@@ -142,6 +144,33 @@ def grad_weights_kernel(
     to += depth.to(tl.int64)[:, None] * out_width + columns[None, :]
     mask = in_depth[:, None] & in_columns[None, :]
     tl.store(to, total.to(grad_weights_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def zero_tail_kernel(
+    offsets_ptr, out_ptr, num_experts, num_rows, width, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Writes zeros from offsets[E] on and nothing else."""
+    first = tl.load(offsets_ptr + num_experts)
+    first = tl.minimum(tl.maximum(first, 0), num_rows)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    zeros = tl.zeros((BLOCK_R, BLOCK_D), out_ptr.dtype.element_ty)
+    start = first + tl.program_id(0) * BLOCK_R
+    for begin in range(start, num_rows, tl.num_programs(0) * BLOCK_R):
+        rows = begin + tl.arange(0, BLOCK_R)
+        to = out_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :]
+        tl.store(to, zeros, mask=(rows < num_rows)[:, None] & (columns < width)[None, :])
+
+
+def zero_tail(out_RF: Tensor, offsets: Tensor) -> None:
+    """Zeroes the rows from offsets[E] on in place, without waiting for the device to know them."""
+    num_rows, width = out_RF.shape
+    if out_RF.numel():
+        columns = min(triton.next_power_of_2(width), TAIL_COLUMNS)
+        grid = (min(triton.cdiv(num_rows, TAIL_ROWS), TAIL_PROGRAMS), triton.cdiv(width, columns))
+        zero_tail_kernel[grid](
+            offsets, out_RF, len(offsets) - 1, num_rows, width, BLOCK_R=TAIL_ROWS, BLOCK_D=columns
+        )
 
 
 def tile_of(dtype: torch.dtype, num_rows: int, num_experts: int, out_width: int) -> Tile:

@@ -37,6 +37,22 @@ def moe_topk(
     return triton_topk.route(logits_TE, k, score, renormalize, scale, selection_bias_E)
 
 
+def moe_topk_backward(
+    grad_weights_TK: Tensor,
+    grad_mean_scores_E: Tensor,
+    grad_z_loss: Tensor,
+    logits_TE: Tensor,
+    indices_TK: Tensor,
+    score: str,
+    renormalize: bool,
+    scale: float,
+) -> Tensor:
+    grads = (grad_weights_TK, grad_mean_scores_E, grad_z_loss)
+    check.check_topk_backward(*grads, logits_TE, indices_TK, score, scale)
+    check_values.check_indices("moe_topk_backward", indices_TK, logits_TE.shape[1])
+    return triton_topk.route_backward(*grads, logits_TE, indices_TK, score, renormalize, scale)
+
+
 def moe_plan(
     indices_TK: Tensor, num_experts: int, alignment: int = 16, capacity: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,15 +68,32 @@ def moe_permute(x_TD: Tensor, row_to_slot_R: Tensor, slot_to_row_TK: Tensor) -> 
 
 
 def moe_permute_backward(grad_RD: Tensor, row_to_slot_R: Tensor, slot_to_row_TK: Tensor) -> Tensor:
+    check.check_permute_backward(grad_RD, row_to_slot_R, slot_to_row_TK)
+    check_values.check_inverse("moe_permute_backward", row_to_slot_R, slot_to_row_TK)
     return triton_rows.sum_rows(grad_RD, None, slot_to_row_TK)
 
 
 def moe_unpermute(
     rows_RD: Tensor, weights_TK: Tensor, row_to_slot_R: Tensor, slot_to_row_TK: Tensor
 ) -> Tensor:
-    check.check_unpermute(rows_RD, weights_TK, row_to_slot_R, slot_to_row_TK)
+    check.check_unpermute("moe_unpermute", rows_RD, weights_TK, row_to_slot_R, slot_to_row_TK)
     check_values.check_inverse("moe_unpermute", row_to_slot_R, slot_to_row_TK)
     return triton_rows.sum_rows(rows_RD, weights_TK, slot_to_row_TK)
+
+
+def moe_unpermute_backward(
+    grad_TD: Tensor,
+    rows_RD: Tensor,
+    weights_TK: Tensor,
+    row_to_slot_R: Tensor,
+    slot_to_row_TK: Tensor,
+) -> tuple[Tensor, Tensor]:
+    op = "moe_unpermute_backward"
+    check.check_unpermute(op, rows_RD, weights_TK, row_to_slot_R, slot_to_row_TK)
+    check.require_grad(op, grad_TD, rows_RD, slot_to_row_TK.shape[0], rows_RD.shape[1])
+    check_values.check_inverse(op, row_to_slot_R, slot_to_row_TK)
+    maps = (row_to_slot_R, slot_to_row_TK)
+    return triton_rows.unpermute_backward(grad_TD, rows_RD, weights_TK, *maps)
 
 
 def grouped_mm(x_RD: Tensor, weights_EDF: Tensor, offsets: Tensor) -> Tensor:
@@ -72,6 +105,10 @@ def grouped_mm(x_RD: Tensor, weights_EDF: Tensor, offsets: Tensor) -> Tensor:
 def grouped_mm_backward(
     grad_RF: Tensor, x_RD: Tensor, weights_EDF: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
+    op = "grouped_mm_backward"
+    check.check_grouped_mm(op, x_RD, weights_EDF, offsets)
+    check.require_grad(op, grad_RF, x_RD, x_RD.shape[0], weights_EDF.shape[2])
+    check_values.check_offsets(op, offsets, x_RD.shape[0])
     return (
         triton_grouped.multiply(grad_RF, weights_EDF.transpose(1, 2), offsets),
         triton_grouped.grad_weights(x_RD, grad_RF, weights_EDF, offsets),
@@ -85,9 +122,10 @@ def gather_grouped_mm(
     row_to_slot_R: Tensor,
     slot_to_row_TK: Tensor,
 ) -> Tensor:
-    check.check_gather_grouped_mm(x_TD, weights_EDF, offsets, row_to_slot_R, slot_to_row_TK)
-    check_values.check_offsets("gather_grouped_mm", offsets, len(row_to_slot_R))
-    check_values.check_inverse("gather_grouped_mm", row_to_slot_R, slot_to_row_TK)
+    op = "gather_grouped_mm"
+    check.check_gather_grouped_mm(op, x_TD, weights_EDF, offsets, row_to_slot_R, slot_to_row_TK)
+    check_values.check_offsets(op, offsets, len(row_to_slot_R))
+    check_values.check_inverse(op, row_to_slot_R, slot_to_row_TK)
     k = slot_to_row_TK.shape[1]
     return triton_grouped.multiply(x_TD, weights_EDF, offsets, row_to_slot_R, k)
 
@@ -100,6 +138,11 @@ def gather_grouped_mm_backward(
     row_to_slot_R: Tensor,
     slot_to_row_TK: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    op = "gather_grouped_mm_backward"
+    check.check_gather_grouped_mm(op, x_TD, weights_EDF, offsets, row_to_slot_R, slot_to_row_TK)
+    check.require_grad(op, grad_RF, x_TD, len(row_to_slot_R), weights_EDF.shape[2])
+    check_values.check_offsets(op, offsets, len(row_to_slot_R))
+    check_values.check_inverse(op, row_to_slot_R, slot_to_row_TK)
     k = slot_to_row_TK.shape[1]
     grad_rows_RD = triton_grouped.multiply(grad_RF, weights_EDF.transpose(1, 2), offsets)
     return (
@@ -111,12 +154,12 @@ def gather_grouped_mm_backward(
 IMPLEMENTS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "moe_topk": moe_topk,
-        "moe_topk_backward": triton_topk.route_backward,
+        "moe_topk_backward": moe_topk_backward,
         "moe_plan": moe_plan,
         "moe_permute": moe_permute,
         "moe_permute_backward": moe_permute_backward,
         "moe_unpermute": moe_unpermute,
-        "moe_unpermute_backward": triton_rows.unpermute_backward,
+        "moe_unpermute_backward": moe_unpermute_backward,
         "grouped_mm": grouped_mm,
         "grouped_mm_backward": grouped_mm_backward,
         "gather_grouped_mm": gather_grouped_mm,
@@ -220,6 +263,13 @@ def _row_cases() -> Iterator[CompileCase]:
 
 
 def _grouped_cases() -> Iterator[CompileCase]:
+    for dtype in ("bf16", "fp32"):
+        yield _case(
+            f"zero_tail {dtype}",
+            triton_grouped.zero_tail_kernel,
+            f"*i32 *{dtype} i32 i32 i32",
+            {"BLOCK_R": triton_grouped.TAIL_ROWS, "BLOCK_D": triton_grouped.TAIL_COLUMNS},
+        )
     for tile, dtype in ((LARGE, "bf16"), (NARROW, "bf16"), (SMALL, "bf16"), (FLOAT32, "fp32")):
         sizes = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
         runs = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}

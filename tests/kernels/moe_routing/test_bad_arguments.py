@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from carillon.kernels.table import OPS, load_native, resolve
+from carillon.kernels.table import OPS, load_native, load_torch, load_triton, resolve
 
-PROVIDERS = OPS["moe_topk"].providers["cpu"]
 LOGITS = torch.zeros(4, 3)
 INDICES = torch.tensor([[0, 1], [1, 2], [2, 0]], dtype=torch.int32)
 OFFSETS, ROWS, SLOTS = resolve("moe_plan", "cpu", "reference")(INDICES, 3, 4)
@@ -80,8 +79,10 @@ CASES: list[tuple[str, tuple[Any, ...], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize(("op", "arguments", "message"), CASES)
+@pytest.mark.parametrize(
+    ("provider", "op", "arguments", "message"),
+    [(provider, *case) for case in CASES for provider in OPS[case[0]].providers["cpu"]],
+)
 def test_bad_argument_is_named(
     provider: str, op: str, arguments: tuple[Any, ...], message: str
 ) -> None:
@@ -89,48 +90,100 @@ def test_bad_argument_is_named(
         resolve(op, "cpu", provider)(*arguments)
 
 
-def test_triton_says_its_limits() -> None:
+def test_providers_say_their_limits() -> None:
     with pytest.raises(ValueError, match="at most 512 experts and k = 16, got 513 and 1"):
         resolve("moe_topk", "cpu", "triton")(torch.zeros(1, 513), 1)
+    many, offsets = torch.zeros(1024, 1, 1), torch.zeros(1025, dtype=torch.int32)
+    with pytest.raises(ValueError, match="torch provider takes at most 1023 experts, got 1024"):
+        resolve("grouped_mm", "cpu", "torch")(torch.zeros(1, 1), many, offsets)
 
 
 GRAD = torch.zeros(4, 2)
 CHOSEN = torch.zeros(4, 2, dtype=torch.int32)
 
 
+ROUTED = (LOGITS, CHOSEN, "softmax", True, 1.0)
+GRAD_ROWS = torch.zeros(len(ROWS), 6)
+STRAY = changed(SLOTS, (1, 1), 10**6)
+GRADIENT_CASES: list[tuple[str, tuple[Any, ...], str]] = [
+    (
+        "moe_topk_backward",
+        (GRAD, LOGITS[0], LOGITS[0, 0], LOGITS, CHOSEN + 3, "softmax", True, 1.0),
+        "indices must be from 0 to 2, got 3",
+    ),
+    (
+        "moe_topk_backward",
+        (GRAD, LOGITS[0], LOGITS[0, 0], LOGITS, CHOSEN - 1, "softmax", True, 1.0),
+        "indices must be from 0 to 2, got -1",
+    ),
+    (
+        "moe_topk_backward",
+        (GRAD, LOGITS[0], LOGITS[0, 0], LOGITS, CHOSEN[1:], "softmax", True, 1.0),
+        "indices must have 4 rows as logits has, got 3",
+    ),
+    (
+        "moe_topk_backward",
+        (GRAD, LOGITS[0], LOGITS[0, 0], LOGITS, CHOSEN, "relu", True, 1.0),
+        "score must be softmax or sigmoid, got relu",
+    ),
+    ("moe_topk_backward", (GRAD[1:], LOGITS[0], LOGITS[0, 0], *ROUTED), "gradients must have"),
+    ("moe_topk_backward", (GRAD, LOGITS[0, :2], LOGITS[0, 0], *ROUTED), "gradients must have"),
+    ("moe_topk_backward", (GRAD, LOGITS[0], LOGITS[0], *ROUTED), "gradients must have"),
+    ("moe_permute_backward", (MAPPED[1:], ROWS, SLOTS), "rows must be 12"),
+    ("moe_permute_backward", (MAPPED.half(), ROWS, SLOTS), "grad must be float32 or bfloat16"),
+    ("moe_permute_backward", (MAPPED, ROWS, STRAY), "must be -1 or from 0 to 11, got 1000000"),
+    ("moe_permute_backward", (MAPPED, ROWS.flip(0), SLOTS), "each other's inverse"),
+    (
+        "moe_unpermute_backward",
+        (X[:, 1:], MAPPED, WEIGHTS, ROWS, SLOTS),
+        r"grad must be .* of the shape \(3, 5\)",
+    ),
+    ("moe_unpermute_backward", (X.bfloat16(), MAPPED, WEIGHTS, ROWS, SLOTS), "grad must be"),
+    ("moe_unpermute_backward", (X, MAPPED[1:], WEIGHTS, ROWS, SLOTS), "rows must be 12"),
+    ("moe_unpermute_backward", (X, MAPPED, WEIGHTS, ROWS, STRAY), "from 0 to 11, got 1000000"),
+    (
+        "grouped_mm_backward",
+        (MAPPED, MAPPED, MATRICES, OFFSETS),
+        r"grad must be .* of the shape \(12, 6\)",
+    ),
+    ("grouped_mm_backward", (GRAD_ROWS, MAPPED, MATRICES[:, 1:], OFFSETS), "weights must have D"),
+    ("grouped_mm_backward", (GRAD_ROWS, MAPPED, MATRICES, OFFSETS + 1), "offsets must start at 0"),
+    (
+        "gather_grouped_mm_backward",
+        (X, X, MATRICES, OFFSETS, ROWS, SLOTS),
+        r"grad must be .* of the shape \(12, 6\)",
+    ),
+    (
+        "gather_grouped_mm_backward",
+        (GRAD_ROWS, X, MATRICES, OFFSETS + 1, ROWS, SLOTS),
+        "offsets must start at 0",
+    ),
+    (
+        "gather_grouped_mm_backward",
+        (GRAD_ROWS, X, MATRICES, OFFSETS, ROWS, STRAY),
+        "must be -1 or from 0 to 11, got 1000000",
+    ),
+]
+NAMESPACES: dict[str, Callable[[], object]] = {
+    "carillon": load_native,
+    "carillon_triton": load_triton,
+    "carillon_torch": load_torch,
+}
+
+
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("namespace", "op", "arguments", "message"),
     [
-        (
-            lambda ops: ops.moe_topk_backward(
-                GRAD, LOGITS[0], LOGITS[0, 0], LOGITS, CHOSEN + 3, "softmax", True, 1.0
-            ),
-            "indices must be from 0 to 2, got 3",
-        ),
-        (
-            lambda ops: ops.moe_topk_backward(
-                GRAD, LOGITS[0, :2], LOGITS[0, 0], LOGITS, CHOSEN, "softmax", True, 1.0
-            ),
-            "gradients must have the shapes",
-        ),
-        (lambda ops: ops.moe_permute_backward(MAPPED[1:], ROWS, SLOTS), "rows must be 12"),
-        (
-            lambda ops: ops.moe_unpermute_backward(X[:, 1:], MAPPED, WEIGHTS, ROWS, SLOTS),
-            r"grad must be .* of the shape \(3, 5\)",
-        ),
-        (
-            lambda ops: ops.grouped_mm_backward(MAPPED, MAPPED, MATRICES, OFFSETS),
-            r"grad must be .* of the shape \(12, 6\)",
-        ),
-        (
-            lambda ops: ops.gather_grouped_mm_backward(X, X, MATRICES, OFFSETS, ROWS, SLOTS),
-            r"grad must be .* of the shape \(12, 6\)",
-        ),
+        (namespace, *case)
+        for case in GRADIENT_CASES
+        for namespace in NAMESPACES
+        if namespace != "carillon_torch" or "grouped_mm" in case[0]
     ],
 )
-def test_native_gradients_check_what_they_are_given(
-    call: Callable[[Any], Any], message: str
+def test_gradients_check_what_they_are_given(
+    namespace: str, op: str, arguments: tuple[Any, ...], message: str
 ) -> None:
-    load_native()
+    """They are ops too and may be called directly: no row or expert outside is ever touched."""
+    NAMESPACES[namespace]()
     with pytest.raises(ValueError, match=message):
-        call(torch.ops.carillon)
+        getattr(getattr(torch.ops, namespace), op)(*arguments)

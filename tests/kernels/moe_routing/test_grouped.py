@@ -147,3 +147,16 @@ def test_row_past_the_last_segment_does_not_leak(kernel: Kernels) -> None:
     assert weights.grad.tolist() == [[[4.0, 4.0]] * 3]
     assert x.grad is not None
     assert x.grad[4].tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("first", [-3, 0, 1, 5, 9, 100])
+def test_zero_tail_writes_the_tail_alone(first: int) -> None:
+    """What zeroes the rows after the last segment where the offsets cannot be read."""
+    pytest.importorskip("triton")
+    from carillon.kernels.moe_routing.triton_grouped import zero_tail
+
+    out = torch.ones(9, 1030)
+    zero_tail(out, torch.tensor([0, 3, first], dtype=torch.int32))
+    kept = min(max(first, 0), 9)
+    assert torch.equal(out[:kept], torch.ones(kept, 1030))
+    assert torch.equal(out[kept:], torch.zeros(9 - kept, 1030))

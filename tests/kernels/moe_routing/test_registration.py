@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from carillon.kernels.moe_routing.balance import load_balancing_loss
-from carillon.kernels.table import load_native, load_triton, resolve
+from carillon.kernels.table import OPS, load_native, load_torch, load_triton, resolve
 
 load_native()
 INDICES = torch.tensor([[0, 1], [1, 2], [2, 0]], dtype=torch.int32)
@@ -39,6 +39,12 @@ def test_opcheck_of_triton(op: str) -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     overload = getattr(torch.ops.carillon_triton, op).default
     torch.library.opcheck(overload, CALLS[op], test_utils=tests)
+
+
+@pytest.mark.parametrize("op", [op for op in CALLS if "torch" in OPS[op].providers["cpu"]])
+def test_opcheck_of_torch(op: str) -> None:
+    load_torch()
+    torch.library.opcheck(getattr(torch.ops.carillon_torch, op).default, CALLS[op])
 
 
 def test_compiled_layer_is_the_eager_one() -> None:
