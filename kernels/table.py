@@ -44,14 +44,14 @@ class Op:
         return f"carillon.kernels.{self.folder or self.name}"
 
 
-def _op(name: str, folder: str = "") -> Op:
-    """One with a native provider on the CPU and Triton's on CUDA.
+def _op(name: str, folder: str = "", *, cuda: tuple[str, ...] = ("triton",)) -> Op:
+    """One with a native provider on the CPU and Triton's, or those in `cuda`, on CUDA.
 
-    On CUDA Triton is taken by name only until it has run there (docs/gpu-status.md).
+    On CUDA they are taken by name only until they have run there (docs/gpu-status.md).
     """
     return Op(
         name=name,
-        providers={"cpu": ("native", "reference", "triton"), "cuda": ("reference", "triton")},
+        providers={"cpu": ("native", "reference", "triton"), "cuda": ("reference", *cuda)},
         folder=folder,
     )
 
@@ -65,8 +65,8 @@ OPS: Mapping[str, Op] = MappingProxyType(
                 # Its CUDA kernel too is taken by name only until it has run.
                 providers={"cpu": ("native", "reference"), "cuda": ("reference", "native")},
             ),
-            _op("contrastive"),
-            _op("contrastive_sigmoid", "contrastive"),
+            _op("contrastive", cuda=("triton", "native")),
+            _op("contrastive_sigmoid", "contrastive", cuda=("triton", "native")),
             _op("packed_attention"),
             # What the autograd formula of the one before calls.
             _op("packed_attention_backward", "packed_attention"),

@@ -41,7 +41,19 @@ CASES = [
 ]
 # The interpreter takes a second for each of these.
 SMALL = [case for case in CASES if case.n * case.m < 20_000] + [Case(67, 70, 40, with_ids=True)]
-PROVIDED = [(p, case) for p in PROVIDERS for case in (SMALL if p == "triton" else CASES)]
+# On a GPU several tiles of both sides too, of a size that takes more than one round of blocks.
+LARGE = [
+    Case(300, 700, 72, first_column=-30, with_ids=True, with_sums=True),
+    Case(2100, 4500, 768, first_column=5),
+]
+PROVIDED = [("cpu", p, case) for p in PROVIDERS for case in (SMALL if p == "triton" else CASES)] + [
+    pytest.param(
+        *("cuda", p, case),
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    )
+    for p in OPS["contrastive"].providers["cuda"]
+    for case in CASES + LARGE
+]
 
 
 class Inputs(NamedTuple):
@@ -74,6 +86,15 @@ def inputs_of(case: Case, dtype: torch.dtype) -> Inputs:
         ids=(ids(case.n), ids(case.m)) if case.with_ids else (None, None),
         weights=[torch.rand(k, dtype=torch.float64, generator=generator) for k in lengths],
     )
+
+
+def on(device: str, given: Inputs) -> Inputs:
+    def moved(values: Any) -> Any:
+        return type(values)(None if value is None else value.to(device) for value in values)
+
+    ids, weights = moved(given.ids), moved(given.weights)
+    parts = moved((given.rows, given.columns, given.scale, given.bias))
+    return Inputs(*parts, ids=ids, weights=weights)
 
 
 def leaves(*values: Tensor) -> list[Tensor]:
@@ -115,7 +136,7 @@ GRADIENTS = ("rows", "columns", "scale", "bias")
 def assert_close(op: str, got: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> None:
     tolerance = TOLERANCES[op, dtype]
     names = [*NAMES[op], *GRADIENTS]
-    for name, a, b in zip(names, got, wanted, strict=False):
+    for name, a, b in zip(names, (value.cpu() for value in got), wanted, strict=False):
         assert a.shape == b.shape, name
         assert torch.equal(a.isfinite(), b.isfinite()), name
         finite = b.isfinite()
@@ -128,24 +149,29 @@ def assert_close(op: str, got: list[Tensor], wanted: list[Tensor], dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("provider", "case"), PROVIDED)
-def test_softmax_matches_definition(provider: str, case: Case, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("device", "provider", "case"), PROVIDED)
+def test_softmax_matches_definition(
+    device: str, provider: str, case: Case, dtype: torch.dtype
+) -> None:
     given = inputs_of(case, dtype)
     reference = resolve("contrastive", "cpu", "reference")
     wanted = softmax(reference, case, given, torch.float64, torch.float64)
-    got = softmax(resolve("contrastive", "cpu", provider), case, given, dtype, torch.float32)
+    op = resolve("contrastive", device, provider)
+    got = softmax(op, case, on(device, given), dtype, torch.float32)
     assert [g.dtype for g in got[5:7]] == [dtype, dtype]
     assert_close("contrastive", got, wanted, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("provider", "case"), PROVIDED)
-def test_sigmoid_matches_definition(provider: str, case: Case, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("device", "provider", "case"), PROVIDED)
+def test_sigmoid_matches_definition(
+    device: str, provider: str, case: Case, dtype: torch.dtype
+) -> None:
     given = inputs_of(case, dtype)
     reference = resolve("contrastive_sigmoid", "cpu", "reference")
     wanted = sigmoid(reference, case, given, torch.float64, torch.float64)
-    op = resolve("contrastive_sigmoid", "cpu", provider)
-    got = sigmoid(op, case, given, dtype, torch.float32)
+    op = resolve("contrastive_sigmoid", device, provider)
+    got = sigmoid(op, case, on(device, given), dtype, torch.float32)
     assert_close("contrastive_sigmoid", got, wanted, dtype)
 
 
