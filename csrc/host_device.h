@@ -7,3 +7,10 @@
 #else
 #define CARILLON_HOST_DEVICE inline
 #endif
+
+// Before a loop whose counter indexes an array that must stay in registers.
+#ifdef __CUDA_ARCH__
+#define CARILLON_UNROLL _Pragma("unroll")
+#else
+#define CARILLON_UNROLL
+#endif

@@ -30,6 +30,7 @@ _ROW = re.compile(
     r"^\| (?P<op>\w+) \| `(?P<kernel>[^`]+)` \| (?P<registers>\d+) \| (?P<spills>\d+) "
     r"\| (?P<shared>\d+) \| (?P<wgmma>yes|no) \|$"
 )
+_NAMESPACE = re.compile(r"(\(anonymous namespace\)|\w+)::")
 _HEADER = "| op | kernel | registers | spilled bytes | shared bytes | wgmma |"
 _VERSIONS = re.compile(r"^Figures of (?P<versions>.+), sm_90a:$", re.MULTILINE)
 
@@ -178,8 +179,8 @@ def functions_with_wgmma(sass: str) -> Iterator[str]:
 
 
 def short_name(kernel: str) -> str:
-    """Drops the return type and the namespaces."""
-    return kernel.removeprefix("void ").rpartition("(anonymous namespace)::")[2]
+    """Drops the return type and all namespaces, those of template arguments too."""
+    return _NAMESPACE.sub("", kernel.removeprefix("void "))
 
 
 def versions() -> str:

@@ -72,11 +72,11 @@ OPS: Mapping[str, Op] = MappingProxyType(
                 # Its CUDA kernel too is taken by name only until it has run.
                 providers={"cpu": ("native", "reference"), "cuda": ("reference", "native")},
             ),
-            _op("contrastive"),
-            _op("contrastive_sigmoid", "contrastive"),
+            _op("contrastive", cuda=("native",)),
+            _op("contrastive_sigmoid", "contrastive", cuda=("native",)),
             # What their autograd formulas call, and a loss whose columns come in chunks.
-            _op("contrastive_backward", "contrastive"),
-            _op("contrastive_sigmoid_backward", "contrastive"),
+            _op("contrastive_backward", "contrastive", cuda=("native",)),
+            _op("contrastive_sigmoid_backward", "contrastive", cuda=("native",)),
             _op("packed_attention", cuda=("flash_attn", "cudnn")),
             # What the autograd formula of the one before calls.
             _op("packed_attention_backward", "packed_attention"),

@@ -14,6 +14,7 @@ from carillon.kernels.compile_report import (
     parse,
     read_status,
     read_versions,
+    short_name,
     versions,
     worse,
     write_status,
@@ -55,6 +56,11 @@ def test_parse_reads_registers_and_spills() -> None:
         "ptxas info    : Used 168 registers, used 1 barriers, 16 bytes smem\n"
     )
     assert list(parse(messages)) == [("scan<float>", KernelFigures(168, 84, 16, False))]
+
+
+def test_names_drop_their_namespaces() -> None:
+    assert short_name("void a::b::wgmma_tiles<a::b::Weights>") == "wgmma_tiles<Weights>"
+    assert short_name("a::(anonymous namespace)::finish") == "finish"
 
 
 def test_worse_names_growth_and_what_is_not_recorded() -> None:

@@ -49,9 +49,18 @@ CASES = [
     Case(3, 4, 8, first_column=-(2**63), with_sums=True),
     Case(40, 2, 8, first_column=-39, with_ids=True),
 ]
+# On a GPU several tiles of both sides too, of a size that takes more than one round of blocks.
+LARGE = [
+    Case(300, 700, 72, first_column=-30, with_ids=True, with_sums=True),
+    Case(2100, 4500, 768, first_column=5),
+]
 CASES_OF_PROVIDERS = [
     pytest.param(case, marks=[pytest.mark.not_interpreted] * (case.n * case.m >= 20_000))
-    for case in [*CASES, Case(67, 70, 40, with_ids=True)]
+    for case in [
+        *CASES,
+        Case(67, 70, 40, with_ids=True),
+        *(LARGE if torch.cuda.is_available() else []),
+    ]
 ]
 
 
@@ -126,7 +135,7 @@ GRADIENTS = ("rows", "columns", "scale", "bias")
 def assert_close(op: str, got: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> None:
     tolerance = TOLERANCES[op, dtype]
     names = [*NAMES[op], *GRADIENTS]
-    for name, a, b in zip(names, got, wanted, strict=False):
+    for name, a, b in zip(names, (value.cpu() for value in got), wanted, strict=False):
         assert a.shape == b.shape, name
         assert torch.equal(a.isfinite(), b.isfinite()), name
         finite = b.isfinite()
