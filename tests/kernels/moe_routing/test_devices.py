@@ -1,25 +1,13 @@
-"""Every provider on every device that is here, against the reference in the same types.
-
-On a machine without CUDA this compares the native provider of the CPU; with it, the providers that
-run there too, and what they do with indices that lead nowhere, which they cannot check.
+"""Every provider on every device that is here, at sizes of many blocks, against the reference in
+the same types; on CUDA also what it does with indices that lead nowhere, which it cannot check.
 """
 
 import pytest
 import torch
 from torch import Tensor
 
-from carillon.kernels.table import OPS, load_native, resolve
+from carillon.kernels.table import resolve
 from carillon.kernels.tolerances import TOLERANCES
-
-CUDA = torch.cuda.is_available()
-
-
-def runs(op: str) -> list[tuple[str, str]]:
-    """(device, provider), without Triton's interpreter, which the other tests run."""
-    found = [("cpu", "native")]
-    if CUDA and load_native():
-        found += [("cuda", name) for name in OPS[op].providers["cuda"] if name != "reference"]
-    return found
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -55,7 +43,8 @@ def compare(op: str, device: str, provider: str, leaves: list[Tensor], rest: lis
             assert torch.equal(got.cpu(), wanted)
 
 
-@pytest.mark.parametrize(("device", "provider"), runs("moe_topk"))
+@pytest.mark.op("moe_topk")
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize(
@@ -71,7 +60,8 @@ def test_topk(
     compare("moe_topk", device, provider, [logits], [k, score, True, 1.5, bias])
 
 
-@pytest.mark.parametrize(("device", "provider"), runs("moe_plan"))
+@pytest.mark.op("moe_plan")
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize(
     ("shape", "alignment", "capacity"),
     [((1, 1, 1), 1, None), ((900, 5, 2), 16, None), ((3000, 70, 3), 8, 40), ((0, 3, 2), 16, None)],
@@ -98,7 +88,8 @@ def plan_of(num_tokens: int, num_experts: int, k: int, capacity: int | None) -> 
     return list(resolve("moe_plan", "cpu", "reference")(indices, num_experts, 8, capacity))
 
 
-@pytest.mark.parametrize(("device", "provider"), runs("moe_permute"))
+@pytest.mark.op("moe_permute")
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [1, 37, 64, 264])
 @pytest.mark.parametrize("case", [(1, 1, 1, None), (61, 6, 3, 20), (40, 16, 11, None)], ids=str)
@@ -116,7 +107,8 @@ def test_rows(
     compare("moe_unpermute", device, provider, [rows, randn(num_tokens, k, seed=2)], [*maps])
 
 
-@pytest.mark.parametrize(("device", "provider"), runs("grouped_mm"))
+@pytest.mark.op("grouped_mm")
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("widths", [(64, 128), (33, 19)], ids=str)
 def test_grouped(device: str, provider: str, dtype: torch.dtype, widths: tuple[int, int]) -> None:
@@ -129,7 +121,8 @@ def test_grouped(device: str, provider: str, dtype: torch.dtype, widths: tuple[i
     compare("gather_grouped_mm", device, provider, [x, matrices], [offsets, *maps])
 
 
-@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("provider", ["native", "triton"])
 def test_stray_values_touch_nothing_outside(provider: str) -> None:
     """The device cannot be asked for each value, so the kernels pass over what names nothing."""
