@@ -95,6 +95,8 @@ def _lines(axis: Axes, rows: Sequence[Row], peers: Sequence[str], what: str) -> 
         axis.yaxis.set_major_locator(NullLocator())
     else:
         low, high = axis.get_ylim()
+        widen = max(1.0, (10 / (high / low)) ** 0.5)  # at least a decade: small differences look so
+        low, high = axis.set_ylim(low / widen, high * widen)
         steps = (1.0,) if high / low > 100 else (1.0, 2.0, 5.0)
         axis.yaxis.set_major_locator(LogLocator(subs=steps))
     axis.yaxis.set_minor_locator(NullLocator())

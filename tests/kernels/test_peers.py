@@ -142,7 +142,7 @@ def test_each_peer_runs_or_has_a_reason() -> None:
     attention = ("cpu", lengths, dtype)
     reasons = peer("packed_attention").missing(*attention, backward=True)
     present = peer("packed_attention").available(*attention, backward=True)
-    assert present.keys() | reasons.keys() == peer("packed_attention")._PEERS.keys()
+    assert present.keys() | reasons.keys() == peer("packed_attention").PEERS.keys()
     assert not present.keys() & reasons.keys()
     for form in peer("contrastive").FORMS:
         reasons = peer("contrastive").missing("cpu", form)
