@@ -101,10 +101,13 @@ def moe_plan(
     check_values.check_indices("moe_plan", indices_TK, num_experts)
     device, num_slots = indices_TK.device, indices_TK.numel()
     expert_S = indices_TK.reshape(-1).long()
+    # What is outside counts as one expert more, which keeps nothing.
+    expert_S = expert_S.where((expert_S >= 0) & (expert_S < num_experts), num_experts)
     order_S = expert_S.argsort(stable=True)
-    count_E = torch.bincount(expert_S, minlength=num_experts)
+    count_E = torch.bincount(expert_S, minlength=num_experts + 1)
     kept_E = count_E if capacity is None else count_E.clamp(max=capacity)
-    padded_E = (kept_E + alignment - 1) // alignment * alignment
+    kept_E = torch.cat([kept_E[:num_experts], kept_E.new_zeros(1)])
+    padded_E = (kept_E[:num_experts] + alignment - 1) // alignment * alignment
     offsets = torch.cat([padded_E.new_zeros(1), padded_E.cumsum(0)])
     rank_S = torch.empty_like(order_S)
     rank_S[order_S] = (

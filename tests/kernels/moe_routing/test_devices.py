@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from carillon.kernels.moe_routing import check_values
 from carillon.kernels.table import resolve
 from carillon.kernels.tolerances import TOLERANCES
 
@@ -119,6 +120,18 @@ def test_grouped(device: str, provider: str, dtype: torch.dtype, widths: tuple[i
     compare("grouped_mm", device, provider, [rows, matrices], [offsets])
     x = randn(90, width, dtype=dtype)
     compare("gather_grouped_mm", device, provider, [x, matrices], [offsets, *maps])
+
+
+def test_the_reference_drops_stray_values_that_it_does_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a device whose values are not read: the CPU's check is taken out."""
+    monkeypatch.setattr(check_values, "check_indices", lambda *arguments: None)
+    stray = torch.tensor([[0, 10**9], [-7, 2], [2**31 - 1, 1]], dtype=torch.int32)
+    offsets, row_to_slot, slot_to_row = resolve("moe_plan", "cpu", "reference")(stray, 3, 4)
+    assert offsets.tolist() == [0, 4, 8, 12]
+    assert slot_to_row.tolist() == [[0, -1], [-1, 8], [-1, 4]]
+    assert row_to_slot[:12].tolist() == [0, -1, -1, -1, 5, -1, -1, -1, 3, -1, -1, -1]
 
 
 @pytest.mark.gpu
