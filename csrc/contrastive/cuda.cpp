@@ -132,7 +132,7 @@ Reductions contrastive(const at::Tensor& rows, const at::Tensor& columns, const 
                        int64_t first_column, const OptionalTensor& row_ids,
                        const OptionalTensor& column_ids, bool with_sums) {
   constexpr const char* op = "contrastive";
-  check_pairs(op, rows, columns, scale, first_column, row_ids, column_ids);
+  check_pairs(op, rows, columns, scale, row_ids, column_ids);
   check_device(op, rows, {&columns, &scale, pointer(row_ids), pointer(column_ids)});
   const c10::cuda::CUDAGuard guard(rows.device());
   const Pairs pairs(op, rows, columns, scale, std::nullopt, first_column, row_ids, column_ids);
@@ -175,7 +175,7 @@ at::Tensor contrastive_sigmoid(const at::Tensor& rows, const at::Tensor& columns
                                int64_t first_column, const OptionalTensor& row_ids,
                                const OptionalTensor& column_ids) {
   constexpr const char* op = "contrastive_sigmoid";
-  check_pairs(op, rows, columns, scale, first_column, row_ids, column_ids);
+  check_pairs(op, rows, columns, scale, row_ids, column_ids);
   check_one(op, "bias", bias);
   check_device(op, rows, {&columns, &scale, &bias, pointer(row_ids), pointer(column_ids)});
   const c10::cuda::CUDAGuard guard(rows.device());
@@ -280,7 +280,7 @@ SoftmaxGradients contrastive_backward(
     const at::Tensor& column_lse_grad, const at::Tensor& positive_grad,
     const OptionalTensor& row_sum_grad, const OptionalTensor& column_sum_grad) {
   constexpr const char* op = "contrastive_backward";
-  check_pairs(op, rows, columns, scale, first_column, row_ids, column_ids);
+  check_pairs(op, rows, columns, scale, row_ids, column_ids);
   const int64_t n = rows.size(0), m = columns.size(0);
   check_vector(op, "row_lse", row_lse, n);
   check_vector(op, "column_lse", column_lse, m);
@@ -341,7 +341,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_sigmoid_b
     const at::Tensor& bias, int64_t first_column, const OptionalTensor& row_ids,
     const OptionalTensor& column_ids, const at::Tensor& row_loss_grad) {
   constexpr const char* op = "contrastive_sigmoid_backward";
-  check_pairs(op, rows, columns, scale, first_column, row_ids, column_ids);
+  check_pairs(op, rows, columns, scale, row_ids, column_ids);
   check_one(op, "bias", bias);
   check_vector(op, "row_loss_grad", row_loss_grad, rows.size(0));
   check_device(op, rows,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from carillon.kernels.compile_report import (
     KernelFigures,
@@ -39,6 +40,24 @@ def test_kernels_compile_and_none_grew() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("source", sorted(ROOT.glob("csrc/*/cuda.cpp")), ids=str)
+def test_cuda_bindings_compile(source: Path, tmp_path: Path) -> None:
+    """What nvcc alone does not see: they stand on torch, whose CPU build has the headers too."""
+    if shutil.which("nvcc") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI must have nvcc: the CUDA sources are checked on every commit")
+        pytest.skip("nvcc is not installed")
+    headers = Path(torch.__file__).parent / "include"
+    command = [
+        *("nvcc", "-std=c++20", "-c", str(source), "-o", str(tmp_path / "binding.o")),
+        *("-Xcompiler", "-Wall,-Wextra,-Werror", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"),
+        *(f"-I{ROOT / 'csrc'}", "-isystem", str(headers)),
+        *("-isystem", str(headers / "torch" / "csrc" / "api" / "include")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_cuda_source_is_recorded() -> None:
