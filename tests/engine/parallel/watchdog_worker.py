@@ -19,7 +19,7 @@ import torch.distributed as dist
 from carillon.engine.parallel.watchdog import Watchdog
 
 RANKS = 3
-STARTING_S = 8  # imports are done, so this is the process group and some beats
+SOME_BEATS_S = 3
 CASES = {
     "stopped 2": (2, signal.SIGSTOP),
     "stopped 0": (0, signal.SIGSTOP),  # its watcher is the one that the others hear
@@ -56,12 +56,13 @@ def fork_rank(rank: int, case: str, stderr: Path) -> int:
         with Watchdog(2) as watchdog:
             dist.init_process_group("gloo")
             watchdog.join()
+            stderr.with_name(f"{stderr.name} joined").touch()
             if case == "stranger":
                 talk_to(watchdog)
             elif case != "leaves":
                 wait_in_a_collective()
             elif rank != 1:
-                time.sleep(STARTING_S + 6)
+                time.sleep(SOME_BEATS_S + 8)
         code = 0
     finally:
         os._exit(code)
@@ -76,7 +77,7 @@ def talk_to(watchdog: Watchdog) -> None:
         for said in (b"lost nothing\n", b"x" * 100_000, b"\xff\n", b" 1\nlost nothing\n"):
             with socket.create_connection(("127.0.0.1", watchdog._hub.getsockname()[1])) as line:
                 line.sendall(said)
-    time.sleep(STARTING_S)
+    time.sleep(SOME_BEATS_S + 8)
 
 
 def finish(run: Run) -> dict[str, object]:
@@ -91,7 +92,9 @@ def watchers_of(pid: int) -> list[int]:
 
 def main(results: Path) -> None:
     runs = [start(name, results.parent) for name in CASES]
-    time.sleep(STARTING_S)
+    while not all(Path(f"{file} joined").exists() for run in runs for file in run.files):
+        time.sleep(0.1)
+    time.sleep(SOME_BEATS_S)
     frozen: list[int] = []
     for run in runs:
         victim, number = CASES[run.name]

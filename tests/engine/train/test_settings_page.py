@@ -19,7 +19,7 @@ def test_one_setting_is_printed_alone(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["config", "settings", "distributed.precision"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
     assert len(rows) == 1
-    assert rows[0].startswith('| `precision` | fp32 / bf16 | `"bf16"` | yes |')
+    assert rows[0].startswith('| `precision` | fp32 / bf16 / fp8 | `"bf16"` | yes |')
 
 
 def test_page_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
