@@ -279,8 +279,9 @@ def main() -> None:
     ranks = [fork.Process(target=run_rank, args=(rank, report)) for rank in range(NUM_RANKS)]
     for process in ranks:
         process.start()
-    while any(process.is_alive() for process in ranks):
-        wait([process.sentinel for process in ranks if process.is_alive()])
+    # Asked once a round: waiting for none of them would never end.
+    while alive := [process for process in ranks if process.is_alive()]:
+        wait([process.sentinel for process in alive])
         if any(process.exitcode for process in ranks):
             for process in ranks:
                 process.terminate()  # they would wait for the one that failed
