@@ -99,6 +99,14 @@ __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kUnfinished) : "memory");
 }
 
+// Keeps reads and writes of the sums on their side of a wait: the compiler does not know that
+// products still write them.
+template <int kCount>
+__device__ __forceinline__ void hold(float (&sums)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
 // sums (64 x 256) = rows (64 x 16) x columns (256 x 16) transposed, plus what they were where
 // `add` is not 0. Both operands bfloat16 in shared memory.
 __device__ __forceinline__ void multiply_64x256x16(float (&sums)[128], uint64_t rows,

@@ -224,9 +224,22 @@ def _define(provider: str, keys: tuple[str, ...]) -> torch.library.Library:
             schema = str(getattr(torch.ops.carillon, name).default._schema)
             library.define(schema.removeprefix("carillon::"))  # type: ignore[no-untyped-call]
             for key in keys:
-                library.impl(name, function, key)  # type: ignore[no-untyped-call]
+                guarded = _on_its_device(function) if key == "CUDA" else function
+                library.impl(name, guarded, key)  # type: ignore[no-untyped-call]
         importlib.import_module(f"{home}.registration").register(namespace)
     return library
+
+
+def _on_its_device(function: Kernel) -> Kernel:
+    """Runs on the device of the first tensor: Triton launches on the current one."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **settings: Any) -> Any:
+        first = next(value for value in arguments if isinstance(value, torch.Tensor))
+        with torch.cuda.device(first.device):
+            return function(*arguments, **settings)
+
+    return call
 
 
 def interprets_triton() -> bool:

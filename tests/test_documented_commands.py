@@ -45,7 +45,9 @@ NOT_RUN = {
     "make install": _BUILD,
     "make install-dev": _BUILD,
     "make test": NotRun("is what runs this test", ".ci/run"),
-    "make asan": NotRun("builds the operators anew, for minutes", "tests/kernels/sanitizers/run.sh"),
+    "make asan": NotRun(
+        "builds the operators anew, for minutes", "tests/kernels/sanitizers/run.sh"
+    ),
     "make quickstart": NotRun(
         "fetches packages and trains for minutes; the commands it gives are run here",
         "tests/recipes/test_recipes.py",

@@ -68,9 +68,9 @@ class Folder:
         )
         new = self.begun()[number_before:]
         done = {line["id"] for line in read(self.lines_file) if line["event"] == "end"}
-        self.lost += [{"test": test, "said": ended.reason} for test in new if test not in done]
-        if time.monotonic() > until:
+        if time.monotonic() > until:  # what was running then has not failed
             return "not finished"
+        self.lost += [{"test": test, "said": ended.reason} for test in new if test not in done]
         if not ended.verdict and ended.code in _ALL_RAN:
             return "finished"
         return "" if new else f"failed to start: {ended.reason}"

@@ -67,9 +67,12 @@ struct alignas(8) Total {
 CARILLON_HOST_DEVICE float finite_shift(float shift) { return shift == kNothing ? 0.0f : shift; }
 
 CARILLON_HOST_DEVICE Total merge(const Total& a, const Total& b) {
-  const float shift = larger(a.shift, b.shift);
+  // A sum without terms has no say in the shift: with its own the other could flush to zero.
+  const float first = a.total == 0.0f ? kNothing : a.shift;
+  const float second = b.total == 0.0f ? kNothing : b.shift;
+  const float shift = larger(first, second);
   const float safe = finite_shift(shift);
-  return {shift, a.total * power_of_two(a.shift - safe) + b.total * power_of_two(b.shift - safe)};
+  return {shift, a.total * power_of_two(first - safe) + b.total * power_of_two(second - safe)};
 }
 
 CARILLON_HOST_DEVICE float log_of(const Total& sum) {

@@ -131,6 +131,7 @@ __device__ __forceinline__ void multiply_tile(TensorShared& shared, int group, i
     ring.advance(kStages);
   }
   hopper::wait_for_products<0>();
+  hopper::hold(sums);
   if (signals) hopper::arrive(to_free);
 }
 

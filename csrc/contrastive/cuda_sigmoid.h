@@ -28,24 +28,12 @@ class SigmoidLosses {
     losses_[0] = losses_[1] = 0.0f;
   }
 
+  // A tile is summed by itself first: one sum of all columns' losses would round away the last.
   CARILLON_HOST_DEVICE void add_tile(float (&dots)[kRegisters], int64_t row, int64_t column) {
-    const TileAt tile(of_.pairs, row, column);
-    if (tile.is_whole() && tile.match == kNoMatch) {
-      CARILLON_UNROLL
-      for (int r = 0; r < kRegisters; ++r) {
-        losses_[r / 2 % 2] += softplus(dots[r] * scale_ + bias_);
-      }
-      return;
-    }
-    const int64_t ids[2] = {tile.row_id(hopper::row_of(threads_.thread, 0)),
-                            tile.row_id(hopper::row_of(threads_.thread, 2))};
-    CARILLON_UNROLL
-    for (int r = 0; r < kRegisters; ++r) {
-      const int i = hopper::row_of(threads_.thread, r), j = hopper::column_of(threads_.thread, r);
-      const float logit = dots[r] * scale_ + bias_;
-      const float loss = softplus(tile.matches(i, j) ? -logit : logit);
-      losses_[r / 2 % 2] += tile.is_kept(i, j, ids[r / 2 % 2]) ? loss : 0.0f;
-    }
+    float losses[2] = {0.0f, 0.0f};
+    sum_tile(dots, TileAt(of_.pairs, row, column), losses);
+    losses_[0] += losses[0];
+    losses_[1] += losses[1];
   }
 
   CARILLON_HOST_DEVICE void end_unit(int64_t row) {
@@ -61,6 +49,26 @@ class SigmoidLosses {
   CARILLON_HOST_DEVICE void finish() {}
 
  private:
+  CARILLON_HOST_DEVICE void sum_tile(const float (&dots)[kRegisters], const TileAt& tile,
+                                     float (&losses)[2]) {
+    if (tile.is_whole() && tile.match == kNoMatch) {
+      CARILLON_UNROLL
+      for (int r = 0; r < kRegisters; ++r) {
+        losses[r / 2 % 2] += softplus(dots[r] * scale_ + bias_);
+      }
+      return;
+    }
+    const int64_t ids[2] = {tile.row_id(hopper::row_of(threads_.thread, 0)),
+                            tile.row_id(hopper::row_of(threads_.thread, 2))};
+    CARILLON_UNROLL
+    for (int r = 0; r < kRegisters; ++r) {
+      const int i = hopper::row_of(threads_.thread, r), j = hopper::column_of(threads_.thread, r);
+      const float logit = dots[r] * scale_ + bias_;
+      const float loss = softplus(tile.matches(i, j) ? -logit : logit);
+      losses[r / 2 % 2] += tile.is_kept(i, j, ids[r / 2 % 2]) ? loss : 0.0f;
+    }
+  }
+
   Threads& threads_;
   const Arguments& of_;
   float scale_;

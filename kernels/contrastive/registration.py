@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from carillon.kernels.contrastive.check import check
+from carillon.kernels.second_derivative import refuse_second_derivative
 
 
 def register(namespace: str) -> None:
@@ -42,6 +43,7 @@ def register(namespace: str) -> None:
     library.register_autograd(
         f"{namespace}::contrastive_sigmoid", sigmoid_backward, setup_context=_keep_sigmoid
     )
+    refuse_second_derivative(namespace, "contrastive_backward", "contrastive_sigmoid_backward")
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from carillon.kernels.moe_routing import check
 from carillon.kernels.moe_routing.reference import num_rows
+from carillon.kernels.second_derivative import refuse_second_derivative
 
 Context = Any
 
@@ -52,6 +53,11 @@ def register(namespace: str) -> None:
     ):
         if hasattr(ops, name):
             torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=save)
+    refuse_second_derivative(
+        namespace,
+        *("moe_topk_backward", "moe_permute_backward", "moe_unpermute_backward"),
+        *("grouped_mm_backward", "gather_grouped_mm_backward"),
+    )
 
 
 def _save_topk(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

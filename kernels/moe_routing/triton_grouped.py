@@ -95,7 +95,7 @@ def grouped_kernel(
         depth = tl.arange(0, BLOCK_K)
         x_at = x_ptr + sources[:, None] * WIDTH + depth[None, :]
         w_at = weights_ptr + expert.to(tl.int64) * stride_e
-        w_at += depth[:, None] * stride_d + columns[None, :] * stride_f
+        w_at += depth[:, None] * stride_d + columns[None, :].to(tl.int64) * stride_f
         for start in range(0, WIDTH, BLOCK_K):
             x_mask, w_mask = filled[:, None], in_columns[None, :]
             if not EVEN_D:

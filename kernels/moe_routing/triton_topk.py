@@ -85,7 +85,7 @@ def topk_kernel(
 
     # Chosen are the experts whose key is gone.
     chosen = wanted & (keys == NO_KEY)
-    part = tl.program_id(0) * num_experts + experts
+    part = tl.program_id(0).to(tl.int64) * num_experts + experts
     tl.store(counts_ptr + part, tl.sum(chosen.to(tl.int32), axis=0), mask=experts < num_experts)
     shares = scores / (tl.sum(scores, axis=1)[:, None] + EPSILON) if SIGMOID else scores
     shares = tl.where(wanted, shares, 0.0)

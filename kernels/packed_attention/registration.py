@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from carillon.kernels.packed_attention.check import check, check_backward
+from carillon.kernels.second_derivative import refuse_second_derivative
 
 _NUM_INPUTS = 10
 
@@ -24,7 +25,7 @@ def register(namespace: str) -> None:
     operators = getattr(torch.ops, namespace)
     differentiate = functools.partial(_differentiate, operators.packed_attention_backward)
     torch.library.register_autograd(forward, differentiate, setup_context=_keep)
-    torch.library.register_autograd(backward, _no_second_derivative)
+    refuse_second_derivative(namespace, "packed_attention_backward")
 
 
 def shape(
@@ -89,9 +90,3 @@ def _differentiate(
         grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, prefix, scale
     )
     return (*grads, *[None] * (_NUM_INPUTS - len(grads)))
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "packed_attention has no second derivative: choose the provider 'reference' for one"
-    )

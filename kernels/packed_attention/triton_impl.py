@@ -5,11 +5,11 @@ at once where the sequence is shorter: grids are sized by max_seqlen, so nothing
 lengths. Each result is written by one program, in one order: deterministic. float32 products are
 three TF32 products (tf32x3), near float32's own accuracy, on tensor cores.
 On CUDA the lengths are not read back: programs keep inside the tensors whatever cu_seqlens hold,
-and a sequence whose lengths do not add up gets NaN.
+and what belongs to no sequence, or to one whose lengths do not add up, is NaN.
 Status: compiled for sm_90 and run in Triton's interpreter; not run on a GPU yet.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import triton
@@ -46,10 +46,10 @@ def packed_attention(
     _check(q_QHD, k_KGD, v_KGD, *lengths, causal, prefix_lengths, scale)
     total_q, num_heads, head_dim = q_QHD.shape
     q, k, v = (_aligned(x) for x in (q_QHD, k_KGD, v_KGD))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((num_heads, total_q), dtype=torch.float32, device=q.device)
+    out = _results(q.shape, q)
+    lse = _results((num_heads, total_q), q, torch.float32)
     num_sequences = cu_seqlens_q.shape[0] - 1
-    if out.numel() == 0 or num_sequences == 0:
+    if out.numel() == 0 or num_sequences == 0 or max_seqlen_q < 1:
         return out, lse
     tile = tile_of("forward", head_dim, q.dtype, max_seqlen_q)
     blocks = triton.cdiv(max_seqlen_q, tile.block_q)
@@ -85,20 +85,20 @@ def packed_attention_backward(
     q, k, v = (_aligned(x) for x in (q_QHD, k_KGD, v_KGD))
     grad_out, out, lse = (x.contiguous() for x in (grad_out_QHD, out_QHD, lse_HQ))
     grad_lse = lse if grad_lse_HQ is None else grad_lse_HQ.contiguous()
-    delta = torch.empty_like(lse)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = _results(lse.shape, lse)
+    dq, dk, dv = (_results(x.shape, x) for x in (q, k, v))
     num_sequences = cu_seqlens_q.shape[0] - 1
     if num_sequences == 0:
         return dq, dk, dv
     shared = _shared_arguments(q, k, v, lengths, prefix_lengths, scale)
-    if dq.numel():
+    if dq.numel() and max_seqlen_q > 0:
         tile = tile_of("backward_queries", head_dim, q.dtype, max_seqlen_q)
         blocks = triton.cdiv(max_seqlen_q, tile.block_q)
         backward_queries[(blocks * num_sequences, num_heads)](
             q, k, v, out, lse, grad_out, grad_lse, delta, dq, *shared,
             HAS_GRAD_LSE=grad_lse_HQ is not None, **_constants(tile, q, causal, prefix_lengths),
         )  # fmt: skip
-    if dk.numel():
+    if dk.numel() and max_seqlen_k > 0:
         tile = tile_of("backward_keys", head_dim, q.dtype, max_seqlen_k, causal)
         blocks = triton.cdiv(max_seqlen_k, tile.block_k)
         backward_keys[(blocks * num_sequences, k.shape[1])](
@@ -131,6 +131,11 @@ def _check(
     check(q, k, v, *lengths, causal, prefix_lengths, scale)
     if q.device.type == "cpu":
         check_values(q, k, *lengths, prefix_lengths)
+
+
+def _results(shape: Iterable[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Where lengths are not read, a program that finds no place for a row leaves NaN there."""
+    return like.new_full(tuple(shape), float("nan"), dtype=dtype or like.dtype)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -79,3 +79,27 @@ def test_native_module_says_what_it_was_built_for() -> None:
     details: dict[str, Any] = {"torch": _C.TORCH_VERSION, "cuda": _C.WITH_CUDA}
     assert details["torch"] == torch.__version__.split("+")[0]
     assert isinstance(details["cuda"], bool)
+
+
+def test_python_providers_run_on_the_device_of_their_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entered: list[torch.device] = []
+
+    class Entered:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            entered.append(self.device)
+
+        def __exit__(self, *error: object) -> None:
+            entered.append(torch.device("cpu"))
+
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    there = torch.empty(2, device="meta")
+    seen = table._on_its_device(lambda *given, **settings: (given, settings, list(entered)))
+    given, settings, before = seen("name", None, there, k=1)
+    assert (given, settings) == (("name", None, there), {"k": 1})
+    assert before == [there.device]
+    assert entered == [there.device, torch.device("cpu")]

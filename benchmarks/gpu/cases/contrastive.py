@@ -43,7 +43,7 @@ def cases(tiny: bool) -> list[Case]:
     sweep += [("sweep", "softmax", n, 768, bf16) for n in (4096, 8192, 16_384, 65_536)]
     sweep += [("sweep", "softmax", 32_768, 512, bf16), ("sweep", "softmax", 32_768, 1024, bf16)]
     sweep += [("sweep", "softmax", 8192, 512, fp32)]
-    million = [("long", "softmax", 1 << 20, 64, bf16)]
+    million = [("long", "softmax", 1 << 20, dims, bf16) for dims in (64, 768)]
     return [_case(*size) for size in [*checks, *bars, *million, *sweep]]
 
 

@@ -33,6 +33,7 @@ struct Problem {
   bool with_ids = false;
   bool with_sums = false;
   float spread = 1.0f;  // of the rows' sizes: row i is `spread`^(i % 3) long
+  bool opposed = false;
 };
 
 struct Data {
@@ -59,6 +60,15 @@ struct Data {
     };
     fill(of.n, rows_bits, rows, of.spread);
     fill(of.m, columns_bits, columns, 1.0f);
+    if (of.opposed) {  // all rows one way, all columns the other
+      const auto set = [](std::vector<uint16_t>& bits, std::vector<float>& values, float value) {
+        const auto one = static_cast<uint16_t>(pack_bfloat16(value, 0.0f));
+        std::fill(bits.begin(), bits.end(), one);
+        std::fill(values.begin(), values.end(), test::from_bfloat16(one));
+      };
+      set(rows_bits, rows, 0.35f);
+      set(columns_bits, columns, -0.35f);
+    }
     const auto grads = [&](int64_t count) {
       std::vector<float> values(count);
       for (float& value : values) value = normal(random);
@@ -413,6 +423,9 @@ int main() {
       {.n = 300, .m = 130, .d = 8, .first_column = 130, .scale = -30.0f},
       {.n = 65, .m = 257, .d = 8, .scale = 0.0f, .with_sums = true},
       {.n = 130, .m = 260, .d = 16, .scale = 12.0f, .spread = 10.0f},
+      // A group without rows beside one whose sums are far below 1.
+      {.n = 40, .m = 300, .d = 8, .scale = 200.0f, .opposed = true},
+      {.n = 130, .m = 300, .d = 8, .scale = 200.0f, .opposed = true},
   };
   bool without_gradients = false;
   for (const Problem& problem : problems) {

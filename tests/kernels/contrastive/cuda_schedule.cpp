@@ -130,6 +130,10 @@ void totals_merge_as_sums_do() {
   const float wanted = static_cast<float>(std::log(exact));
   EXPECT_EQUAL(std::abs(log_of(all) - wanted) < 1e-5f * wanted, true);
   EXPECT_EQUAL(log_of(merge(Total{}, Total{})), kNothing);
+  for (const Total& one : {merge({0.0f, 0.0f}, {-200.0f, 1.0f}), merge({-200.0f, 1.0f}, {})}) {
+    EXPECT_EQUAL(one.shift, -200.0f);
+    EXPECT_EQUAL(one.total, 1.0f);
+  }
   const Total odd = merge(all, {std::nanf(""), 1.0f});
   EXPECT_EQUAL(std::isnan(log_of(odd)), true);
 }

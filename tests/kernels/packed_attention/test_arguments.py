@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from carillon.kernels.table import resolve
+from carillon.kernels.table import load_triton, resolve
 
 pytestmark = pytest.mark.op("packed_attention")
 
@@ -136,3 +136,33 @@ def test_bad_gradients(provider: str, device: str, changed: dict[str, Any], mess
     names += [name for name in given if name not in names]
     with pytest.raises(ValueError, match=message):
         resolve("packed_attention_backward", device, provider)(*(values[name] for name in names))
+
+
+@pytest.mark.parametrize(
+    ("given", "longest", "lost"),
+    [
+        ((0, 3, 7), 0, range(7)),
+        ((0,), 5, range(7)),
+        ((0, 3), 3, range(7)),
+        ((1, 3, 7), 4, range(3)),
+        ((0, 3, 7), 3, range(3, 7)),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is not interpreted")
+def test_lengths_that_are_not_read_leave_nan(
+    monkeypatch: pytest.MonkeyPatch, given: tuple[int, ...], longest: int, lost: range
+) -> None:
+    """As on a GPU, which is not asked for values: a row is right or NaN, never old memory."""
+    load_triton()
+    from carillon.kernels.packed_attention import triton_impl
+
+    monkeypatch.setattr(triton_impl, "check_values", lambda *arguments: None)
+    q, k, v = (torch.randn(7, 1, 32) for _ in range(3))
+    cu = starts(*given).int()
+    out, lse = triton_impl.packed_attention(q, k, v, cu, cu, longest, longest)
+    grads = triton_impl.packed_attention_backward(
+        torch.ones_like(out), None, q, k, v, out, lse, cu, cu, longest, longest
+    )
+    for rows in (out.flatten(1), lse.t(), *(grad.flatten(1) for grad in grads)):
+        assert rows.isnan().all(1).nonzero()[:, 0].tolist() == list(lost)
+        assert rows.isnan().any(1).sum() == len(lost)
