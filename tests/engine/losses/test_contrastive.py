@@ -70,6 +70,31 @@ def test_losses_and_gradients_equal_their_definitions(n: int, loss: object, plai
             assert torch.allclose(ours.grad.double(), theirs.grad, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize(
+    ("loss", "plain"),
+    [(softmax_contrastive, plain_softmax), (sigmoid_contrastive, plain_sigmoid)],
+)
+def test_in_bf16_only_the_features_and_their_gradients_are_rounded(
+    loss: object, plain: object, exchange: str
+) -> None:
+    """The loss is that of rounded features; a gradient, its weights and itself have 8 bits each."""
+    given, rounded = features(13, torch.float32), features(13)
+    for side in (rounded.image, rounded.text):
+        side.data = side.data.to(torch.bfloat16).double()
+    expected = plain(rounded)  # type: ignore[operator]
+    expected.backward()
+    actual = loss(given, None, precision="bf16", exchange=exchange)  # type: ignore[operator]
+    actual.backward()
+    assert actual.item() == pytest.approx(expected.item(), rel=2e-6)
+    for ours, theirs in ((given.image, rounded.image), (given.text, rounded.text)):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert ours.grad.dtype is torch.float32
+        bound = 2.0**-7 * float(theirs.grad.abs().max())
+        assert float((ours.grad.double() - theirs.grad).abs().max()) <= bound
+
+
 def test_matched_pairs_lower_the_loss_and_a_permutation_raises_it() -> None:
     x = features(8, torch.float32)
     same = DualFeatures(x.image, x.image, x.scale, x.bias)
@@ -104,6 +129,7 @@ def test_the_objective_takes_its_settings() -> None:
     x, ids = features(5, torch.float32), torch.tensor([3, 3, -1, -1, 4])
     for settings in (
         {"label_smoothing": 0.2, "exchange": "ring"},
+        {"precision": "bf16"},
         {"kind": "sigmoid", "exchange": "ring"},
     ):
         config = build(ContrastiveConfig, settings)
