@@ -55,7 +55,7 @@ test: install-dev  ## lint, types and the whole CPU suite
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-asan: install-dev  ## the CPU operators' tests under AddressSanitizer and UBSan (5 minutes)
+asan: install-dev  ## the CPU operators' tests under AddressSanitizer and UBSan (3 minutes)
 	bash tests/kernels/sanitizers/run.sh $(BIN)/python
 
 lint: install-dev  ## format and lint in place
