@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 from carillon.engine.parallel.plan import Plan, Split
 
 _HEADS_DIM = 1  # of queries and keys, (B, H, L, K)
+_ROW_HEADS_DIM = 2  # of packed rows' queries and keys, (B, L, H, K)
 
 
 def split_tensors(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> None:
@@ -51,3 +52,5 @@ def _style(split: Split) -> ParallelStyle:
         case Split.HEADS:
             # Its gradient is summed over the heads of all processes.
             return SequenceParallel(sequence_dim=_HEADS_DIM, use_local_output=True)
+        case Split.ROW_HEADS:
+            return SequenceParallel(sequence_dim=_ROW_HEADS_DIM, use_local_output=True)

@@ -115,7 +115,9 @@ class RunConfig:
             context = text_config(self.model.text_backbone, self.model.text).context
         except UserError:  # an unknown backbone, which the model section reports
             return
-        tp = self.distributed.tp
+        tp, ep = self.distributed.tp, self.distributed.ep
+        if ep > 1:
+            yield f"distributed.ep: {ep} given, but a dual encoder has no experts; use ep=1"
         for name, size in split_sizes(self.model) if tp > 1 else ():
             if size % tp:
                 fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
