@@ -32,7 +32,7 @@ def apply_layout(model: M, config: DistributedConfig, world: World) -> M:
     tp = world.axis("tp")
     if tp is not None:
         split_tensors(model, plan_of(model), tp)
-    split_experts(model, world)
+    split_experts(model, world, config.dispatcher)
     if config.precision == "fp8":
         to_fp8(_blocks(model), config.fp8_recipe)
     model.set_recompute(config.grad_checkpointing)
