@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from carillon.engine.models.plans import DUAL_ENCODER
+from carillon.engine.models.plans import dual_encoder_plan
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8 import to_fp8
 from carillon.engine.parallel.mesh import DistributedConfig, World
-from carillon.engine.parallel.tensor import split_tensors
+from carillon.engine.parallel.tensor import overlap_exchange, split_tensors
 
 
 def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) -> DualEncoder:
@@ -26,7 +26,10 @@ def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) ->
     model.to(world.device)
     tp = world.axis("tp")
     if tp is not None:
-        split_tensors(model, DUAL_ENCODER, tp)
+        plan = dual_encoder_plan(config.tp_whole_tower)
+        split_tensors(model, plan, tp, by_tokens=config.sequence_parallel)
+        if config.async_tp:
+            overlap_exchange(tp)
     if config.precision == "fp8":
         to_fp8(model.blocks(), config.fp8_recipe)
     model.set_recompute(config.grad_checkpointing)
