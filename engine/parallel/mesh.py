@@ -2,10 +2,10 @@
 
 Experts have no axis of their own: their ep processes are neighbours in dp_shard x cp, which for
 other weights shard one replica. So there are up to three views of the same processes, in the same
-order (`Meshes`). Data and tensor parallelism run today; pp, cp and ep are laid out and refused
-above 1 until their mechanisms join. `zero_stage` in the PRD's terms maps onto FSDP2: 0 replicates,
-1 and 2 shard parameters but keep them gathered between forward and backward, 3 frees them again.
-The meshes are passed in, never global.
+order (`Meshes`). Data, tensor and expert parallelism run today; pp and cp are laid out and
+refused above 1 until their mechanisms join. `zero_stage` in the PRD's terms maps onto FSDP2: 0
+replicates, 1 and 2 shard parameters but keep them gathered between forward and backward, 3 frees
+them again. The meshes are passed in, never global.
 Status: runs on CPU with gloo; CUDA with NCCL has not run on a GPU yet.
 """
 
@@ -87,7 +87,7 @@ class DistributedConfig:
     )
 
     def check(self) -> Iterator[str]:
-        for axis in ("pp", "cp", "ep"):
+        for axis in ("pp", "cp"):
             if getattr(self, axis) > 1:
                 yield (
                     f"{axis}: {getattr(self, axis)} given; this axis comes with the parallel "
