@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from carillon.engine.config import changed
 from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig, divisors
@@ -23,12 +24,14 @@ _BLOCK = {
     "mlp.fc1": Split.COLUMNS,
     "mlp.fc2": Split.ROWS,
 }
+TOWERS = ("vision", "text")
 DUAL_ENCODER: Plan = {
     **{
         f"{tower}.transformer.blocks.*.{name}": split
-        for tower in ("vision", "text")
+        for tower in TOWERS
         for name, split in _BLOCK.items()
     },
+    **{f"{tower}.transformer": Split.STREAM for tower in TOWERS},
     "text.token": Split.VOCABULARY,
     "vision.pool.q": Split.COLUMNS,
     "vision.pool.kv": Split.COLUMNS,
@@ -50,8 +53,13 @@ DECODER: Plan = {
 }
 
 
-def plan_of(model: DualEncoder | Decoder) -> Plan:
-    return DECODER if isinstance(model, Decoder) else DUAL_ENCODER
+def plan_of(model: DualEncoder | Decoder, whole_tower: str | None = None) -> Plan:
+    """The model's plan, without a tower that is to stay whole on every process."""
+    if isinstance(model, Decoder):
+        return DECODER
+    return {
+        name: split for name, split in DUAL_ENCODER.items() if name.split(".")[0] != whole_tower
+    }
 
 
 def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterator[str]:
@@ -73,6 +81,8 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
             f"distributed.ep: {ep} does not divide model.moe.num_experts ({moe.num_experts}); use "
             f"one of {fits}, or {more} experts"
         )
+    for name in changed(layout, "sequence_parallel", "tp_whole_tower"):
+        yield f"distributed.{name}: {getattr(layout, name)} given, but it is for towers; drop it"
     if layout.cp > 1 and moe.capacity_factor is not None:
         yield (
             f"distributed.cp: {layout.cp} given, but model.moe.capacity_factor drops slots by "
@@ -80,10 +90,11 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
         )
 
 
-def split_sizes(config: DualEncoderConfig) -> Iterator[tuple[str, int]]:
+def split_sizes(config: DualEncoderConfig, whole_tower: str | None) -> Iterator[tuple[str, int]]:
     """What a tensor-parallel degree must divide: its name and size."""
     vision = vision_config(config.vision_backbone, config.vision)
     text = text_config(config.text_backbone, config.text)
     for tower, sizes in (("vision", vision), ("text", text)):
-        yield f"model.{tower}'s num_heads", sizes.num_heads
-        yield f"model.{tower}'s mlp_width", sizes.mlp_width
+        if tower != whole_tower:
+            yield f"model.{tower}'s num_heads", sizes.num_heads
+            yield f"model.{tower}'s mlp_width", sizes.mlp_width

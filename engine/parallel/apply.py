@@ -15,23 +15,34 @@ from typing import TypeVar
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from carillon.engine.models.plans import plan_of
+from carillon.engine.config import UserError
+from carillon.engine.models.plans import decoder_problems, plan_of
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8 import to_fp8
 from carillon.engine.parallel.expert import expert_units, placing, split_experts
 from carillon.engine.parallel.mesh import DistributedConfig, World
-from carillon.engine.parallel.tensor import split_tensors
+from carillon.engine.parallel.tensor import overlap_exchange, split_tensors
 
 M = TypeVar("M", DualEncoder, Decoder)
 
 
 def apply_layout(model: M, config: DistributedConfig, world: World) -> M:
-    """Lay `model` out over the world, in place; returns it."""
+    """Lay `model` out over the world, in place; returns it.
+
+    Raises UserError for a layout that a decoder cannot have.
+    """
+    if isinstance(model, Decoder):
+        problems = list(decoder_problems(model.config, config))
+        if problems:
+            raise UserError("; ".join(problems))
     model.to(world.device)
     tp = world.axis("tp")
     if tp is not None:
-        split_tensors(model, plan_of(model), tp)
+        plan = plan_of(model, config.tp_whole_tower)
+        split_tensors(model, plan, tp, by_tokens=config.sequence_parallel)
+        if config.async_tp:
+            overlap_exchange(tp)
     split_experts(model, world, config.dispatcher)
     if config.precision == "fp8":
         to_fp8(_blocks(model), config.fp8_recipe)

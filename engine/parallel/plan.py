@@ -18,6 +18,7 @@ class Split(Enum):
     VOCABULARY = "an embedding's rows: whole ids in, whole features out (one sum)"
     HEADS = "nothing: a norm that all heads share, applied to a share of the heads (dim 1)"
     ROW_HEADS = "the same where heads come after the tokens of a row (dim 2)"
+    STREAM = "with sequence parallelism: the residual stream of a stack of blocks, by tokens"
 
 
 Plan = Mapping[str, Split]

@@ -33,6 +33,11 @@ MIXED = DecoderConfig(
             DistributedConfig(tp=8),
             ["does not divide model.mlp_width (36)", "does not divide model.moe.expert_width (12)"],
         ),
+        (
+            MIXED,
+            DistributedConfig(tp=2, sequence_parallel=True),
+            ["sequence_parallel: True given, but it is for towers"],
+        ),
         (replace(MIXED, moe=MoeConfig()), DistributedConfig(ep=2), ["the model has no experts"]),
         (
             replace(MIXED, moe=replace(MIXED.moe, capacity_factor=1.5)),
