@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from carillon.engine.config import changed
 from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig, divisors
@@ -85,8 +84,11 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
             f"distributed.ep: {ep} does not divide model.moe.num_experts ({moe.num_experts}); use "
             f"one of {fits}, or {more} experts"
         )
-    for name in changed(layout, "sequence_parallel", "tp_whole_tower"):
-        yield f"distributed.{name}: {getattr(layout, name)} given, but it is for towers; drop it"
+    if layout.tp_whole_tower is not None:
+        yield (
+            f"distributed.tp_whole_tower: {layout.tp_whole_tower} given, but a decoder has no "
+            "towers; drop it"
+        )
     if layout.cp > 1 and moe.capacity_factor is not None:
         yield (
             f"distributed.cp: {layout.cp} given, but model.moe.capacity_factor drops slots by "

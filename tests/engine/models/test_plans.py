@@ -35,8 +35,8 @@ MIXED = DecoderConfig(
         ),
         (
             MIXED,
-            DistributedConfig(tp=2, sequence_parallel=True),
-            ["sequence_parallel: True given, but it is for towers"],
+            DistributedConfig(tp=2, tp_whole_tower="text"),
+            ["tp_whole_tower: text given, but a decoder has no towers"],
         ),
         (replace(MIXED, moe=MoeConfig()), DistributedConfig(ep=2), ["the model has no experts"]),
         (
