@@ -2,7 +2,7 @@
 
 Experts have no axis of their own: their ep processes are neighbours in dp_shard x cp, which for
 other weights shard one replica. So there are up to three views of the same processes, in the same
-order (`Meshes`). Data and tensor parallelism run today; pp, cp and ep are laid out and refused
+order (`Meshes`). Data, tensor and context parallelism run today; pp and ep are laid out and refused
 above 1 until their mechanisms join. `zero_stage` in the PRD's terms maps onto FSDP2: 0 replicates,
 1 and 2 shard parameters but keep them gathered between forward and backward, 3 frees them again.
 The meshes are passed in, never global.
@@ -27,6 +27,7 @@ SAMPLE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DENSE_AXES = ("pp", "dp_replicate", "fsdp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "expert_fsdp", "ep", "tp")
 Axis = Literal["pp", "cp", "ep", "tp"]
+ContextMethod = Literal["ulysses", "ring", "all_gather"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,11 @@ class DistributedConfig:
     )
     pp: int = setting(1, "Pipeline stages.", min=1, hashed=False)
     cp: int = setting(1, "Context-parallel processes.", min=1, hashed=False)
+    cp_method: ContextMethod = setting(
+        "ring",
+        "How attention sees the other tokens: heads exchanged, keys in a ring, or gathered keys.",
+        hashed=False,
+    )
     tp: int = setting(1, "Tensor-parallel processes.", min=1, hashed=False)
     ep: int = setting(
         1, "Processes that split the experts; divides dp_shard x cp.", min=1, hashed=False
@@ -72,7 +78,7 @@ class DistributedConfig:
     )
 
     def check(self) -> Iterator[str]:
-        for axis in ("pp", "cp", "ep"):
+        for axis in ("pp", "ep"):
             if getattr(self, axis) > 1:
                 yield (
                     f"{axis}: {getattr(self, axis)} given; this axis comes with the parallel "
@@ -83,6 +89,8 @@ class DistributedConfig:
                 f"dp_shard: {self.dp_shard} given, but zero_stage=0 shards nothing; set "
                 "distributed.zero_stage=1, 2 or 3, or drop dp_shard"
             )
+        if self.cp == 1 and changed(self, "cp_method"):
+            yield f"cp_method: {self.cp_method} given, but cp is 1; drop it, or raise cp"
         if self.precision != "fp8" and changed(self, "fp8_recipe"):
             yield f"fp8_recipe: {self.fp8_recipe} given, but precision is {self.precision}; drop it"
         if self.precision == "fp8" and self.tp > 1:

@@ -131,14 +131,11 @@ def packed_attention_backward(
         q_QHD, k_KGD, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, prefix_lengths
     )
     factor = default_scale(q_QHD.shape[2]) if scale is None else scale
-    groups = k_KGD.shape[1]
-    q, grad_out, out = (
-        x.float().transpose(0, 1).unflatten(0, (groups, -1)) for x in (q_QHD, grad_out_QHD, out_QHD)
-    )
-    k, v = (x.float().transpose(0, 1).unsqueeze(1) for x in (k_KGD, v_KGD))  # (G, 1, K, D)
-    lse, delta = lse_HQ.unflatten(0, (groups, -1)), (grad_out * out).sum(3)
+    q, grad_out, out = (_grouped(x, k_KGD.shape[1]) for x in (q_QHD, grad_out_QHD, out_QHD))
+    k, v = (_grouped(x, k_KGD.shape[1]) for x in (k_KGD, v_KGD))
+    lse, delta = torch.unflatten(lse_HQ, 0, q.shape[:2]), (grad_out * out).sum(3)
     if grad_lse_HQ is not None:
-        delta = delta - grad_lse_HQ.unflatten(0, (groups, -1))
+        delta = delta - torch.unflatten(grad_lse_HQ, 0, q.shape[:2])
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for s in range(len(starts_q) - 1):
         rows, keys = slice(starts_q[s], starts_q[s + 1]), slice(starts_k[s], starts_k[s + 1])
@@ -156,6 +153,11 @@ def packed_attention_backward(
         dk.squeeze(1).transpose(0, 1).to(k_KGD.dtype).contiguous(),
         dv.squeeze(1).transpose(0, 1).to(v_KGD.dtype).contiguous(),
     )
+
+
+def _grouped(x_NHD: Tensor, groups: int) -> Tensor:
+    """By the key head that is read, in float32: (groups, heads of a group, tokens, head_dim)."""
+    return torch.unflatten(x_NHD.float().transpose(0, 1), 0, (groups, -1))
 
 
 def _mask(rows: slice, keys: slice, prefix: int, device: torch.device) -> Tensor:
