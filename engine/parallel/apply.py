@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from carillon.engine.models.plans import DUAL_ENCODER
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8 import to_fp8
+from carillon.engine.parallel.context import share_context
 from carillon.engine.parallel.mesh import DistributedConfig, World
 from carillon.engine.parallel.tensor import split_tensors
 
@@ -27,6 +28,9 @@ def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) ->
     tp = world.axis("tp")
     if tp is not None:
         split_tensors(model, DUAL_ENCODER, tp)
+    context = world.axis("cp")
+    if context is not None:
+        share_context(model, config.cp_method, context.get_group())
     if config.precision == "fp8":
         to_fp8(model.blocks(), config.fp8_recipe)
     model.set_recompute(config.grad_checkpointing)

@@ -8,7 +8,9 @@ Three ways, one result, that of packed_attention over whole rows:
 - all_gather: keys and values of whole rows are gathered for one attention, and again for its
   backward pass: between the passes only the share is kept. Few large messages, none of them hidden.
 The last two are in context_keys.py, the cut of the rows in zigzag.py. The result is deterministic;
-differentiable once.
+differentiable once. What else of a decoder looks at whole rows is the routers' balancing loss: it
+takes the slots of a row from all of its processes. Left out: capacity of experts, which drops
+tokens by their order in the whole row (refused when the config is loaded).
 Source: Jacobs et al. 2023 (DeepSpeed-Ulysses); Liu et al. 2023 (Ring Attention); Llama team 2024
 (Llama 3), section 3.3.2, for all_gather.
 Status: runs on CPU with gloo; CUDA with NCCL has not run on a GPU yet.
@@ -19,14 +21,16 @@ head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from carillon.engine.parallel.collectives import exchange_blocks
+from carillon.engine.models.towers.decoder_config import DecoderConfig, divisors
+from carillon.engine.nn.packed_self_attention import PackedSelfAttention
+from carillon.engine.nn.router import Router
+from carillon.engine.parallel.collectives import exchange_blocks, sum_over
 from carillon.engine.parallel.context_keys import AttentionByKeys, How
 from carillon.engine.parallel.mesh import ContextMethod, DistributedConfig
 from carillon.engine.parallel.ring import Ring
@@ -99,24 +103,36 @@ def _key_repeats(heads: int, key_heads: int, size: int) -> int:
     return next(n for n in range(1, group + 1) if group % n == 0 and key_heads * n % size == 0)
 
 
-def context_errors(config: DistributedConfig, *, length: int, num_heads: int) -> Iterator[str]:
-    """Why a decoder of `num_heads` query heads, on rows of `length` tokens, cannot be laid out so,
-    with the nearest values that can; nothing where it can. `num_heads` divides by tp."""
+def share_context(model: nn.Module, method: ContextMethod, group: dist.ProcessGroup) -> None:
+    """Let `model` work on this process's share of the tokens, in place."""
+    core = ContextAttention(method, group)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def sum_over_row(slots_BE: Tensor) -> Tensor:
+        return sum_over(slots_BE.clone(), group)
+
+    for module in model.modules():
+        if isinstance(module, PackedSelfAttention):
+            module.core = core
+        if isinstance(module, Router):
+            module.sum_over_row = sum_over_row
+
+
+def context_errors(config: DistributedConfig, model: DecoderConfig) -> Iterator[str]:
+    """Why `model` cannot be laid out with `config.cp`, with the nearest values that can; nothing
+    where it can. Its heads divide by tp."""
     if config.cp == 1:
         return
-    yield from row_length_errors(length, config.cp)
-    local = num_heads // config.tp
+    yield from row_length_errors(model.context, config.cp)
+    local = model.num_heads // config.tp
     if config.cp_method == "ulysses" and local % config.cp:
-        fits = [n for n in range(1, local + 1) if local % n == 0]
+        near = either(nearest(divisors(local), config.cp))
         yield (
-            f"cp: {config.cp} given, but cp_method=ulysses shares {num_heads} heads / tp "
-            f"{config.tp} among cp; use cp={either(nearest(fits, config.cp))}, or cp_method=ring "
-            "or all_gather"
+            f"cp: {config.cp} given, but cp_method=ulysses shares {model.num_heads} heads / tp "
+            f"{config.tp} among cp; use cp={near}, or cp_method=ring or all_gather"
         )
-
-
-def share_context(blocks: Iterable[nn.Module], config: DistributedConfig, mesh: DeviceMesh) -> None:
-    """Let the attention of `blocks` work on this process's share of the tokens, in place."""
-    core = ContextAttention(config.cp_method, mesh.get_group())
-    for block in blocks:
-        block.attention.core = core
+    if model.moe.capacity_factor is not None:
+        yield (
+            f"cp: {config.cp} given, but an expert's capacity is counted over whole rows, in the "
+            "order of their tokens; drop model.moe.capacity_factor, or use cp=1"
+        )
