@@ -94,8 +94,9 @@ def row_length_errors(length: int, size: int) -> Iterator[str]:
 
 
 def nearest(allowed: Sequence[int], given: int) -> list[int]:
-    """The two that are nearest; 1 where none is allowed, for one process needs no cut."""
-    return sorted(allowed, key=lambda n: abs(n - given))[:2] or [1]
+    """The values next to `given`, of sorted ones; 1 where none is allowed, which cuts nothing."""
+    below, above = [n for n in allowed if n < given], [n for n in allowed if n > given]
+    return [*below[-1:], *above[:1]] or [1]
 
 
 def either(values: Iterable[int]) -> str:

@@ -1,6 +1,8 @@
-"""Started by torchrun: attention over shares of packed rows against whole rows; rank 0 writes."""
+"""Started by torchrun: attention over shares of packed rows against whole rows, and a decoder that
+uses it against one process; rank 0 writes."""
 
 import json
+import runpy
 import sys
 from itertools import product
 from pathlib import Path
@@ -14,8 +16,9 @@ from carillon.engine.parallel.collectives import gather_rows
 from carillon.engine.parallel.context import ContextAttention
 from carillon.engine.parallel.parity import gradient_errors
 from carillon.engine.parallel.zigzag import Zigzag
-from carillon.kernels.packed_attention.reference import packed_attention
+from carillon.kernels.table import resolve
 
+decoder = runpy.run_path(str(Path(__file__).with_name("context_decoder_worker.py")))
 CHUNK, HEAD_DIM = 7, 16  # tokens of a chunk: no multiple of any tile
 METHODS = ("ulysses", "ring", "all_gather")
 HEADS = {2: [(4, 4), (4, 2), (6, 3), (2, 1)], 4: [(4, 4), (8, 2), (4, 1)]}
@@ -58,7 +61,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal: bool) -> Te
     batch, length = q.shape[:2]
     starts = (offsets + length * torch.arange(batch)[:, None]).flatten().int()
     flat = (x.flatten(0, 1) for x in (q, k, v))
-    out, _ = packed_attention(*flat, starts, starts, length, length, causal)
+    out, _ = resolve("packed_attention", q.device)(*flat, starts, starts, length, length, causal)
     return out.unflatten(0, (batch, length))
 
 
@@ -73,8 +76,8 @@ def compared(found: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
     return max(gradient_errors(found, reference).values())
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def run_cases() -> list[dict[str, Any]]:
+    """Every case of this world size, in a process group that has started."""
     group = dist.group.WORLD
     assert group is not None
     size, rank = dist.get_world_size(), dist.get_rank()
@@ -89,38 +92,44 @@ def main() -> None:
         shapes = [(2, length, count, HEAD_DIM) for count in (heads[0], heads[1], heads[1])]
         inputs = [torch.randn(shape, generator=generator) for shape in shapes]
         grad = torch.randn(shapes[0], generator=generator)
-        exact = results(
-            lambda q, k, v, o=offsets, c=causal: dense(q, k, v, o, c),
-            [x.double() for x in inputs],
-            grad.double(),
-        )
-        one = results(lambda q, k, v, o=offsets, c=causal: packed(q, k, v, o, c), inputs, grad)
-        for method, dtype, provider in product(
-            METHODS, (torch.float32, torch.bfloat16), (None, "reference")
-        ):
-            if provider == "reference" and (dtype is torch.bfloat16 or name == "one document"):
-                continue
-            core = ContextAttention(method, group, causal=causal, provider=provider)
-            shares = results(
-                lambda q, k, v, o=offsets, core=core: core(q, k, v, o),
-                [zigzag.share(x).to(dtype) for x in inputs],
-                zigzag.share(grad).to(dtype),
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs, grad = [x.to(dtype) for x in inputs], grad.to(dtype)
+            exact = results(
+                lambda q, k, v, o=offsets, c=causal: dense(q, k, v, o, c),
+                [x.double() for x in inputs],
+                grad.double(),
             )
-            whole = {
-                key: zigzag.join(gather_rows(x.float().unsqueeze(0), group))
-                for key, x in shares.items()
-            }
-            cases.append(
-                {
-                    "case": f"{method} {heads} {name} causal={causal} {provider}",
-                    "dtype": str(dtype),
-                    "error": compared(whole, one),
-                    "error_float64": compared(whole, exact),
-                    "one_float64": compared(one, exact),
+            one = results(lambda q, k, v, o=offsets, c=causal: packed(q, k, v, o, c), inputs, grad)
+            for method, provider in product(METHODS, (None, "reference")):
+                if provider == "reference" and name == "one document":
+                    continue  # it is slow
+                core = ContextAttention(method, group, causal=causal, provider=provider)
+                shares = results(
+                    lambda q, k, v, o=offsets, core=core: core(q, k, v, o),
+                    [zigzag.share(x) for x in inputs],
+                    zigzag.share(grad),
+                )
+                whole = {
+                    key: zigzag.join(gather_rows(x.float().unsqueeze(0), group))
+                    for key, x in shares.items()
                 }
-            )
-    if rank == 0:
-        Path(sys.argv[1]).write_text(json.dumps(cases))
+                cases.append(
+                    {
+                        "case": f"{method} {heads} {name} causal={causal} {provider}",
+                        "dtype": str(dtype),
+                        "error": compared(whole, one),
+                        "error_float64": compared(whole, exact),
+                        "one_float64": compared(one, exact),
+                    }
+                )
+    return cases
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    results = {"attention": run_cases(), "decoder": decoder["run_cases"]()}
+    if dist.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
