@@ -20,12 +20,14 @@ _BLOCK = {
     "mlp.fc1": Split.COLUMNS,
     "mlp.fc2": Split.ROWS,
 }
+TOWERS = ("vision", "text")
 DUAL_ENCODER: Plan = {
     **{
         f"{tower}.transformer.blocks.*.{name}": split
-        for tower in ("vision", "text")
+        for tower in TOWERS
         for name, split in _BLOCK.items()
     },
+    **{f"{tower}.transformer": Split.STREAM for tower in TOWERS},
     "text.token": Split.VOCABULARY,
     "vision.pool.q": Split.COLUMNS,
     "vision.pool.kv": Split.COLUMNS,
@@ -35,10 +37,18 @@ DUAL_ENCODER: Plan = {
 }
 
 
-def split_sizes(config: DualEncoderConfig) -> Iterator[tuple[str, int]]:
+def dual_encoder_plan(whole_tower: str | None) -> Plan:
+    """The plan without a tower that is to stay whole on every process."""
+    return {
+        name: split for name, split in DUAL_ENCODER.items() if name.split(".")[0] != whole_tower
+    }
+
+
+def split_sizes(config: DualEncoderConfig, whole_tower: str | None) -> Iterator[tuple[str, int]]:
     """What a tensor-parallel degree must divide: its name and size."""
     vision = vision_config(config.vision_backbone, config.vision)
     text = text_config(config.text_backbone, config.text)
     for tower, sizes in (("vision", vision), ("text", text)):
-        yield f"model.{tower}'s num_heads", sizes.num_heads
-        yield f"model.{tower}'s mlp_width", sizes.mlp_width
+        if tower != whole_tower:
+            yield f"model.{tower}'s num_heads", sizes.num_heads
+            yield f"model.{tower}'s mlp_width", sizes.mlp_width

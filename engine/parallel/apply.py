@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from carillon.engine.models.plans import DUAL_ENCODER
+from carillon.engine.models.plans import dual_encoder_plan
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8 import to_fp8
 from carillon.engine.parallel.context import share_context
 from carillon.engine.parallel.mesh import DistributedConfig, World
-from carillon.engine.parallel.tensor import split_tensors
+from carillon.engine.parallel.tensor import overlap_exchange, split_tensors
 
 
 def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) -> DualEncoder:
@@ -27,7 +27,10 @@ def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) ->
     model.to(world.device)
     tp = world.axis("tp")
     if tp is not None:
-        split_tensors(model, DUAL_ENCODER, tp)
+        plan = dual_encoder_plan(config.tp_whole_tower)
+        split_tensors(model, plan, tp, by_tokens=config.sequence_parallel)
+        if config.async_tp:
+            overlap_exchange(tp)
     context = world.axis("cp")
     if context is not None:
         share_context(model, config.cp_method, context.get_group())

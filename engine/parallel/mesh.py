@@ -55,6 +55,21 @@ class DistributedConfig:
         hashed=False,
     )
     tp: int = setting(1, "Tensor-parallel processes.", min=1, hashed=False)
+    tp_whole_tower: Literal["vision", "text"] | None = setting(
+        None,
+        "A tower too small to be split: every tensor-parallel process computes all of it.",
+        hashed=False,
+    )
+    sequence_parallel: bool = setting(
+        False,
+        "With tp: the residual stream lies by tokens between a block's products.",
+        hashed=False,
+    )
+    async_tp: bool = setting(
+        False,
+        "With sequence_parallel, compile and CUDA: products overlap with their exchange.",
+        hashed=False,
+    )
     ep: int = setting(
         1, "Processes that split the experts; divides dp_shard x cp.", min=1, hashed=False
     )
@@ -91,6 +106,14 @@ class DistributedConfig:
             )
         if self.cp == 1 and changed(self, "cp_method"):
             yield f"cp_method: {self.cp_method} given, but cp is 1; drop it, or raise cp"
+        if self.tp == 1:
+            for name in ("tp_whole_tower", "sequence_parallel", "async_tp"):
+                if changed(self, name):
+                    yield f"{name}: {getattr(self, name)} given, but tp is 1; drop it, or set tp"
+        elif self.async_tp and not (self.sequence_parallel and self.compile):
+            yield "async_tp: needs sequence_parallel=true and compile=true; set them, or drop it"
+        elif self.async_tp and not torch.cuda.is_available():
+            yield "async_tp: needs CUDA devices and there is none; drop it"
         if self.precision != "fp8" and changed(self, "fp8_recipe"):
             yield f"fp8_recipe: {self.fp8_recipe} given, but precision is {self.precision}; drop it"
         if self.precision == "fp8" and self.tp > 1:

@@ -116,7 +116,8 @@ class RunConfig:
         except UserError:  # an unknown backbone, which the model section reports
             return
         tp = self.distributed.tp
-        for name, size in split_sizes(self.model) if tp > 1 else ():
+        whole = self.distributed.tp_whole_tower
+        for name, size in split_sizes(self.model, whole) if tp > 1 else ():
             if size % tp:
                 fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
                 yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"
