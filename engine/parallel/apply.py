@@ -10,48 +10,61 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from carillon.engine.models.plans import dual_encoder_plan
+from carillon.engine.models.plans import plan_of
+from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8 import to_fp8
 from carillon.engine.parallel.context import share_context
+from carillon.engine.parallel.expert import expert_units, placing, split_experts
 from carillon.engine.parallel.mesh import DistributedConfig, World
 from carillon.engine.parallel.tensor import overlap_exchange, split_tensors
 
+M = TypeVar("M", DualEncoder, Decoder)
 
-def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) -> DualEncoder:
+
+def apply_layout(model: M, config: DistributedConfig, world: World) -> M:
     """Lay `model` out over the world, in place; returns it."""
     model.to(world.device)
     tp = world.axis("tp")
     if tp is not None:
-        plan = dual_encoder_plan(config.tp_whole_tower)
+        plan = plan_of(model, config.tp_whole_tower)
         split_tensors(model, plan, tp, by_tokens=config.sequence_parallel)
         if config.async_tp:
             overlap_exchange(tp)
+    split_experts(model, world)
     context = world.axis("cp")
     if context is not None:
         share_context(model, config.cp_method, context.get_group())
     if config.precision == "fp8":
-        to_fp8(model.blocks(), config.fp8_recipe)
+        to_fp8(_blocks(model), config.fp8_recipe)
     model.set_recompute(config.grad_checkpointing)
     if config.compile:
         # Split blocks are compiled per length: with symbolic sizes DTensor recurses without end.
         dynamic = world.degrees.tp == 1
-        for block in model.blocks():
+        for block in _blocks(model):
             block.compile(dynamic=dynamic)
     mesh = world.fsdp_mesh
     if mesh is not None:
         reshard = config.zero_stage == 3
+        for experts in expert_units(model, world):
+            fully_shard(
+                experts,
+                mesh=world.expert_mesh,
+                reshard_after_forward=reshard,
+                shard_placement_fn=placing(world),
+            )
         for block in _units(model, world):
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
         fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
     return model
 
 
-def _units(model: DualEncoder, world: World) -> Iterator[nn.Module]:
+def _units(model: DualEncoder | Decoder, world: World) -> Iterator[nn.Module]:
     """Parts that communicate on their own: the blocks, so that they overlap with compute.
 
     Replicas on CPUs have nothing to overlap with and nothing to free: one exchange of all gradients
@@ -59,7 +72,11 @@ def _units(model: DualEncoder, world: World) -> Iterator[nn.Module]:
     """
     if world.device.type == "cpu" and world.degrees.dp_shard == 1:
         return iter(())
-    return model.blocks()
+    return _blocks(model)
+
+
+def _blocks(model: DualEncoder | Decoder) -> Iterator[nn.Module]:
+    return iter(model.blocks) if isinstance(model, Decoder) else model.blocks()
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
 Experts have no axis of their own: their ep processes are neighbours in dp_shard x cp, which for
 other weights shard one replica. So there are up to three views of the same processes, in the same
-order (`Meshes`). Data, tensor and context parallelism run today; pp and ep are laid out and refused
-above 1 until their mechanisms join. `zero_stage` in the PRD's terms maps onto FSDP2: 0 replicates,
-1 and 2 shard parameters but keep them gathered between forward and backward, 3 frees them again.
-The meshes are passed in, never global.
+order (`Meshes`). Data, tensor, expert and context parallelism run today; pp is laid out and refused
+above 1 until its mechanism joins. `zero_stage` in the PRD's terms maps onto FSDP2: 0 replicates, 1
+and 2 shard parameters but keep them gathered between forward and backward, 3 frees them again. The
+meshes are passed in, never global.
 Status: runs on CPU with gloo; CUDA with NCCL has not run on a GPU yet.
 """
 
@@ -93,12 +93,11 @@ class DistributedConfig:
     )
 
     def check(self) -> Iterator[str]:
-        for axis in ("pp", "ep"):
-            if getattr(self, axis) > 1:
-                yield (
-                    f"{axis}: {getattr(self, axis)} given; this axis comes with the parallel "
-                    f"layouts (after data parallel and FSDP). Set distributed.{axis}=1"
-                )
+        if self.pp > 1:
+            yield (
+                f"pp: {self.pp} given; this axis comes with the parallel layouts (after data "
+                "parallel and FSDP). Set distributed.pp=1"
+            )
         if self.zero_stage == 0 and (self.dp_shard or 1) > 1:
             yield (
                 f"dp_shard: {self.dp_shard} given, but zero_stage=0 shards nothing; set "

@@ -36,6 +36,7 @@ from carillon.engine.parallel.plan import Plan, Split
 
 _HEADS_DIM = 1  # of queries and keys, (B, H, L, K)
 _TOKENS_DIM = 1  # of the residual stream, (B, L, D)
+_ROW_HEADS_DIM = 2  # of packed rows' queries and keys, (B, L, H, K)
 
 
 def split_tensors(
@@ -80,6 +81,8 @@ def _style(split: Split, *, by_tokens: bool) -> ParallelStyle:
         case Split.HEADS:
             # Its gradient is summed over the heads of all processes.
             return SequenceParallel(sequence_dim=_HEADS_DIM, use_local_output=True)
+        case Split.ROW_HEADS:
+            return SequenceParallel(sequence_dim=_ROW_HEADS_DIM, use_local_output=True)
         case Split.STREAM:
             raise ValueError("a stream is laid out around its blocks, not by a style")
 

@@ -102,7 +102,9 @@ def mixture(
         taken = [0] * moe.num_experts
         for token in range(length):
             own = scores[row, token]
-            chosen = sorted(range(moe.num_experts), key=lambda e: -float(own[e] + bias[e]))
+            chosen = sorted(
+                range(moe.num_experts), key=lambda e: -float((own[e] + bias[e]).detach())
+            )
             chosen = chosen[: moe.k]
             total = own[chosen].sum() if moe.renormalize else 1.0
             y = x_BLD.new_zeros(config.width)
