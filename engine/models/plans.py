@@ -14,6 +14,7 @@ from carillon.engine.models.towers.decoder_config import DecoderConfig, divisors
 from carillon.engine.models.towers.dual_encoder import DualEncoder, DualEncoderConfig
 from carillon.engine.parallel.mesh import DistributedConfig
 from carillon.engine.parallel.plan import Plan, Split
+from carillon.engine.parallel.zigzag import either, nearest, row_length_errors
 
 _BLOCK = {
     "attention.qkv": Split.COLUMNS,
@@ -80,7 +81,22 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
             f"distributed.ep: {ep} does not divide model.moe.num_experts ({moe.num_experts}); use "
             f"one of {fits}, or {more} experts"
         )
-    if layout.cp > 1 and moe.capacity_factor is not None:
+    yield from _context_problems(config, layout)
+
+
+def _context_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterator[str]:
+    if layout.cp == 1:
+        return
+    for error in row_length_errors(config.context, layout.cp):
+        yield f"distributed.{error}; rows are model.context long"
+    local = config.num_heads // layout.tp
+    if layout.cp_method == "ulysses" and local % layout.cp:
+        near = either(nearest(divisors(local), layout.cp))
+        yield (
+            f"distributed.cp: {layout.cp} given, but cp_method=ulysses shares {config.num_heads} "
+            f"heads / tp {layout.tp} among cp; use cp={near}, or cp_method=ring or all_gather"
+        )
+    if config.moe.capacity_factor is not None:
         yield (
             f"distributed.cp: {layout.cp} given, but model.moe.capacity_factor drops slots by "
             "their order in a whole row; leave capacity_factor out, or use cp=1"

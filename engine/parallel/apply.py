@@ -36,7 +36,7 @@ def apply_layout(model: M, config: DistributedConfig, world: World) -> M:
         split_tensors(model, plan, tp, by_tokens=config.sequence_parallel)
         if config.async_tp:
             overlap_exchange(tp)
-    split_experts(model, world)
+    split_experts(model, world, config.dispatcher)
     context = world.axis("cp")
     if context is not None:
         share_context(model, config.cp_method, context.get_group())

@@ -21,20 +21,17 @@ head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from carillon.engine.models.towers.decoder_config import DecoderConfig, divisors
 from carillon.engine.nn.packed_self_attention import PackedSelfAttention
 from carillon.engine.nn.router import Router
 from carillon.engine.parallel.collectives import exchange_blocks, sum_over
 from carillon.engine.parallel.context_keys import AttentionByKeys, How
-from carillon.engine.parallel.mesh import ContextMethod, DistributedConfig
+from carillon.engine.parallel.mesh import ContextMethod
 from carillon.engine.parallel.ring import Ring
-from carillon.engine.parallel.zigzag import Zigzag, either, nearest, row_length_errors
+from carillon.engine.parallel.zigzag import Zigzag
 from carillon.kernels.table import resolve
 
 
@@ -116,23 +113,3 @@ def share_context(model: nn.Module, method: ContextMethod, group: dist.ProcessGr
             module.core = core
         if isinstance(module, Router):
             module.sum_over_row = sum_over_row
-
-
-def context_errors(config: DistributedConfig, model: DecoderConfig) -> Iterator[str]:
-    """Why `model` cannot be laid out with `config.cp`, with the nearest values that can; nothing
-    where it can. Its heads divide by tp."""
-    if config.cp == 1:
-        return
-    yield from row_length_errors(model.context, config.cp)
-    local = model.num_heads // config.tp
-    if config.cp_method == "ulysses" and local % config.cp:
-        near = either(nearest(divisors(local), config.cp))
-        yield (
-            f"cp: {config.cp} given, but cp_method=ulysses shares {model.num_heads} heads / tp "
-            f"{config.tp} among cp; use cp={near}, or cp_method=ring or all_gather"
-        )
-    if model.moe.capacity_factor is not None:
-        yield (
-            f"cp: {config.cp} given, but an expert's capacity is counted over whole rows, in the "
-            "order of their tokens; drop model.moe.capacity_factor, or use cp=1"
-        )

@@ -11,6 +11,7 @@ Status: runs on CPU with gloo; CUDA with NCCL has not run on a GPU yet.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ DENSE_AXES = ("pp", "dp_replicate", "fsdp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "expert_fsdp", "ep", "tp")
 Axis = Literal["pp", "cp", "ep", "tp"]
 ContextMethod = Literal["ulysses", "ring", "all_gather"]
+Dispatcher = Literal["auto", "all_to_all", "deepep"]
+DEEPEP = "deep_ep"  # the package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,9 @@ class DistributedConfig:
     ep: int = setting(
         1, "Processes that split the experts; divides dp_shard x cp.", min=1, hashed=False
     )
+    dispatcher: Dispatcher = setting(
+        "auto", "How tokens get to experts of other processes: auto is all_to_all.", hashed=False
+    )
     grad_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass.", hashed=False
     )
@@ -113,6 +119,10 @@ class DistributedConfig:
             yield "async_tp: needs sequence_parallel=true and compile=true; set them, or drop it"
         elif self.async_tp and not torch.cuda.is_available():
             yield "async_tp: needs CUDA devices and there is none; drop it"
+        if self.dispatcher != "auto" and self.ep == 1:
+            yield f"dispatcher: {self.dispatcher} given, but ep is 1: nothing is sent; drop it"
+        elif self.dispatcher == "deepep":
+            yield from self._check_deepep()
         if self.precision != "fp8" and changed(self, "fp8_recipe"):
             yield f"fp8_recipe: {self.fp8_recipe} given, but precision is {self.precision}; drop it"
         if self.precision == "fp8" and self.tp > 1:
@@ -124,6 +134,18 @@ class DistributedConfig:
             yield "backend: nccl needs a CUDA device and there is none; use auto or gloo"
         if self.device == "cuda" and not torch.cuda.is_available():
             yield "device: cuda asked for and there is none; use auto or cpu"
+
+    def _check_deepep(self) -> Iterator[str]:
+        if importlib.util.find_spec(DEEPEP) is None:
+            yield (
+                f"dispatcher: deepep given, but the package {DEEPEP} is not installed; build it "
+                "from https://github.com/deepseek-ai/DeepEP, or use auto or all_to_all"
+            )
+        if self.precision == "fp32":
+            yield (
+                "dispatcher: deepep sends bfloat16 only, but precision is fp32; use precision "
+                "bf16, or dispatcher auto or all_to_all"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 
 from carillon.engine.data.packed_rows import next_tokens
 from carillon.engine.losses.language import counted, language_loss
 from carillon.engine.models.towers.decoder import Decoder
+from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.collectives import sum_over, whole
-from carillon.engine.parallel.context import share_context
 from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of, lay_out
 from carillon.engine.parallel.parity import gradient_errors
 from carillon.engine.parallel.zigzag import PackedRows, Zigzag
@@ -34,22 +33,16 @@ METHODS = ("ulysses", "ring", "all_gather")
 
 def layouts(size: int) -> dict[str, DistributedConfig]:
     if size == 2:
-        return {"cp2": DistributedConfig(cp=2, zero_stage=3)}
+        return {
+            "cp2": DistributedConfig(cp=2, zero_stage=3),
+            "cp2 ep2": DistributedConfig(cp=2, ep=2),
+        }
     return {
         "cp4": DistributedConfig(cp=4, zero_stage=2),
         "cp2 dp2": DistributedConfig(cp=2),
         "cp2 fsdp2": DistributedConfig(cp=2, zero_stage=3),
+        "cp2 tp2": DistributedConfig(cp=2, tp=2),
     }
-
-
-def laid_out(model: Decoder, method: str, world: World, reshard: bool) -> Decoder:
-    context = world.axis("cp")
-    assert context is not None
-    share_context(model, method, context.get_group())
-    for block in model.blocks:
-        fully_shard(block, mesh=world.fsdp_mesh, reshard_after_forward=reshard)
-    fully_shard(model, mesh=world.fsdp_mesh, reshard_after_forward=reshard)
-    return model
 
 
 def own_rows(world: World) -> tuple[PackedRows, int]:
@@ -75,9 +68,11 @@ def run_cases() -> list[dict[str, Any]]:
         world = lay_out(degrees, torch.device("cpu"))
         share, num_tokens = own_rows(world)
         for (name, config), method, recompute in product(MODELS.items(), METHODS, (False, True)):
+            if distributed.ep > 1 and config.moe.num_experts is None:
+                continue
             reference_loss, reference = steps[name]
-            model = laid_out(built(config), method, world, distributed.zero_stage == 3)
-            model.set_recompute(recompute)
+            asked = replace(distributed, cp_method=method, grad_checkpointing=recompute)
+            model = apply_layout(built(config), asked, world)
             logits = model(share.tokens, share.positions, share.offsets)
             num = degrees.data * degrees.cp
             loss = language_loss(logits, share.labels, num_tokens=num_tokens, num_processes=num)

@@ -6,6 +6,7 @@ rounding decides. So every fixture's margins are measured in one process, and th
 be many times the rounding of a score.
 """
 
+import importlib
 import json
 import sys
 from dataclasses import replace
@@ -58,6 +59,7 @@ MODELS = {
         "softmax capacity": replace(SOFTMAX, capacity_factor=1.0),
         "sigmoid": SIGMOID,
         "sigmoid capacity": replace(SIGMOID, capacity_factor=1.0, dense_blocks=1),
+        "crowded sigmoid": SIGMOID,
     }.items()
 }
 
@@ -68,22 +70,33 @@ def layouts(size: int) -> dict[str, DistributedConfig]:
             "ep2": DistributedConfig(ep=2, zero_stage=3),
             "fsdp2": DistributedConfig(zero_stage=3),
             "tp2": DistributedConfig(tp=2),
+            "ep2 deepep": DistributedConfig(ep=2, zero_stage=3, dispatcher="deepep"),
         }
     return {
         "ep4": DistributedConfig(ep=4, zero_stage=3),
         "ep2 fsdp2": DistributedConfig(ep=2, zero_stage=2),
         "ep2 dp2": DistributedConfig(ep=2, zero_stage=3, dp_replicate=2, dp_shard=2),
         "ep2 tp2": DistributedConfig(ep=2, tp=2, zero_stage=3),
+        "ep2 dp2 deepep": DistributedConfig(
+            ep=2, zero_stage=3, dp_replicate=2, dp_shard=2, dispatcher="deepep"
+        ),
     }
 
 
-def model(config: DecoderConfig) -> Decoder:
-    """Weights large enough that routers prefer experts."""
+def model(name: str) -> Decoder:
+    """Weights large enough that routers prefer experts; crowded: all prefer the first few, so that
+    all but one process get no token.
+    """
+    config = MODELS[name]
+    crowded = name.startswith("crowded")
     generator = torch.Generator().manual_seed(11)
     made = build_decoder(config, vocab_size=VOCABULARY, generator=generator)
     with torch.no_grad():
-        for name, value in made.named_parameters():
-            value.mul_(1.0 if "norm" in name else 10.0 if "router" in name else 6.0)
+        for key, value in made.named_parameters():
+            value.mul_(1.0 if "norm" in key else 10.0 if "router" in key else 6.0)
+        for router in made.routers() if crowded else ():
+            assert router.bias is not None
+            router.bias[: router.shape.k] = 2.0
     return made
 
 
@@ -145,16 +158,18 @@ def step(
 
 def main() -> None:
     dist.init_process_group("gloo")
+    sys.path.insert(0, str(Path(__file__).parent))
+    sys.modules["deep_ep"] = importlib.import_module("deep_ep_stand_in")
     size, rank = dist.get_world_size(), dist.get_rank()
     results = []
-    for name, config in MODELS.items():
-        margin = min(margins(model(config)))
-        reference_loss, reference, logged, biases = step(model(config), 1, None)
+    for name in MODELS:
+        margin = min(margins(model(name)))
+        reference_loss, reference, logged, biases = step(model(name), 1, None)
         norm = torch.stack([g.norm() for g in reference.values()]).norm()
         for (layout, distributed), recompute in product(layouts(size).items(), (False, True)):
             distributed = replace(distributed, grad_checkpointing=recompute)
             world = lay_out(degrees_of(distributed, size), torch.device("cpu"))
-            laid_out = apply_layout(model(config), distributed, world)
+            laid_out = apply_layout(model(name), distributed, world)
             num_micro = 2 if recompute else 1
             loss, gradients, facts, moved = step(laid_out, num_micro, world)
             errors = gradient_errors(gradients, reference)

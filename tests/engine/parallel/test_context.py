@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from carillon.engine.config import UserError, build
+from carillon.engine.models.plans import decoder_problems
 from carillon.engine.models.towers.decoder_config import DecoderConfig, MoeConfig
-from carillon.engine.parallel.context import context_errors
 from carillon.engine.parallel.context_keys import Call, ring_call, whole_calls
 from carillon.engine.parallel.mesh import DistributedConfig
 from carillon.engine.parallel.parity import TOLERANCE_FP32
@@ -29,7 +29,7 @@ MORE_ROUNDING_BF16 = 2**0.5
 
 
 @pytest.mark.parametrize(
-    ("world_size", "num_attention", "num_decoder"), [(2, 240, 18), (4, 180, 54)]
+    ("world_size", "num_attention", "num_decoder"), [(2, 240, 30), (4, 180, 72)]
 )
 def test_shares_give_what_whole_rows_give(
     tmp_path: Path, world_size: int, num_attention: int, num_decoder: int
@@ -130,7 +130,7 @@ def test_shares_cut_in_order_would_be_uneven(size: int, unevenness: float) -> No
 
 
 def errors(model: DecoderConfig, **settings: Any) -> str:
-    return "\n".join(context_errors(DistributedConfig(**settings), model))
+    return "\n".join(decoder_problems(model, DistributedConfig(**settings)))
 
 
 SMALL = DecoderConfig(width=96, num_heads=12, num_kv_heads=4, context=96)
@@ -141,7 +141,7 @@ def test_what_cannot_be_cut_is_refused_with_what_can() -> None:
     assert errors(SMALL, cp=4, cp_method="ulysses") == ""
     odd = errors(replace(SMALL, context=100), cp=3)
     assert "rows of 100 tokens do not divide into 2 x cp = 6 chunks" in odd
-    assert "use rows of 96 or 102 tokens, or cp=2 or 5" in odd
+    assert "use rows of 96 or 102 tokens, or cp=2 or 5; rows are model.context long" in odd
     assert "use rows of 4 tokens, or cp=1" in errors(replace(SMALL, context=3), cp=2)
     heads = errors(SMALL, cp=8, cp_method="ulysses")
     assert "shares 12 heads / tp 1 among cp; use cp=6 or 12, or cp_method=ring" in heads
@@ -149,7 +149,7 @@ def test_what_cannot_be_cut_is_refused_with_what_can() -> None:
         SMALL, cp=2, tp=4, cp_method="ulysses"
     )
     capacity = replace(SMALL, moe=MoeConfig(num_experts=4, capacity_factor=1.0))
-    assert "drop model.moe.capacity_factor" in errors(capacity, cp=2)
+    assert "leave capacity_factor out" in errors(capacity, cp=2)
     assert errors(capacity) == ""
 
 
