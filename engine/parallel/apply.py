@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from carillon.engine.models.plans import DUAL_ENCODER
 from carillon.engine.models.towers.dual_encoder import DualEncoder
-from carillon.engine.nn.fp8 import to_fp8
+from carillon.engine.nn.fp8_layers import to_fp8
+from carillon.engine.parallel.fp8 import split_fp8
 from carillon.engine.parallel.mesh import DistributedConfig, World
 from carillon.engine.parallel.tensor import split_tensors
 
@@ -27,7 +28,14 @@ def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) ->
     if world.mesh is not None and world.degrees.tp > 1:
         split_tensors(model, DUAL_ENCODER, world.mesh["tp"])
     if config.precision == "fp8":
-        to_fp8(model.blocks(), config.fp8_recipe)
+        layers = to_fp8(
+            model,
+            config.fp8_recipe,
+            provider=config.fp8_provider,
+            keep_blocks=config.fp8_keep_blocks,
+            history=config.fp8_history,
+        )
+        split_fp8(layers.values(), world.group)
     model.set_recompute(config.grad_checkpointing)
     if config.compile:
         # Split blocks are compiled per length: with symbolic sizes DTensor recurses without end.
