@@ -1,7 +1,7 @@
 """The only order in which a model is laid out: PP split -> TP/SP -> EP -> CP -> recompute ->
 compile -> FSDP.
 
-Data parallelism is FSDP2 on the (dp_replicate, dp_shard) mesh in every case: plain replication is
+Data parallelism is FSDP2 on the (dp_replicate, fsdp) mesh in every case: plain replication is
 its corner with one shard, so there is one mechanism and one gradient reduction. Each must see what
 the one before it made. The axes that are missing join here, each as one call.
 """
@@ -25,8 +25,9 @@ from carillon.engine.parallel.tensor import split_tensors
 def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) -> DualEncoder:
     """Lay `model` out over the world, in place; returns it."""
     model.to(world.device)
-    if world.mesh is not None and world.degrees.tp > 1:
-        split_tensors(model, DUAL_ENCODER, world.mesh["tp"])
+    tp = world.axis("tp")
+    if tp is not None:
+        split_tensors(model, DUAL_ENCODER, tp)
     if config.precision == "fp8":
         layers = to_fp8(
             model,
@@ -42,8 +43,8 @@ def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) ->
         dynamic = world.degrees.tp == 1
         for block in model.blocks():
             block.compile(dynamic=dynamic)
-    if world.mesh is not None:
-        mesh = world.mesh["dp_replicate", "dp_shard"]
+    mesh = world.fsdp_mesh
+    if mesh is not None:
         reshard = config.zero_stage == 3
         for block in _units(model, world):
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard)

@@ -110,7 +110,7 @@ def on_main(world: World, work: Callable[[], T], *, share: bool = True) -> T | N
 
     Returns the result on every rank when it is shared, else on the main rank (None elsewhere).
     """
-    if world.mesh is None:
+    if world.meshes is None:
         return work()
     result: T | None = None
     failure: Exception | None = None
