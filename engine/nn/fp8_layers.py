@@ -16,7 +16,6 @@ from typing import Literal, cast
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from carillon.engine.nn.fp8 import UNIT, Fp8Linear
 from carillon.engine.nn.fp8_foreign import torchao_linear, transformer_engine_linear
@@ -69,9 +68,7 @@ def fp8_linears(model: nn.Module, keep_blocks: int) -> dict[str, nn.Linear]:
 
 
 def _odd(linear: nn.Linear) -> bool:
-    weight = linear.weight
-    sides = (weight.to_local() if isinstance(weight, DTensor) else weight).shape
-    return any(side % UNIT for side in sides)
+    return any(side % UNIT for side in linear.weight.shape)  # of the whole, in any layout
 
 
 def to_fp8(

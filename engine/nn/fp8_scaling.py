@@ -24,7 +24,6 @@ from enum import Enum
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from carillon.kernels.fp8_cast.amax_history import AmaxHistory
@@ -110,15 +109,14 @@ class DelayedScaling:
         return history.scale[index, 0 if role is Role.GRADIENT else role.value]
 
     @torch.no_grad()
-    def end_step(self, group: dist.ProcessGroup | None, *, counts: bool) -> None:
-        """Set the scales of the next step by what all processes saw in this one.
+    def end_step(self, largest: Callable[[Tensor], Tensor] | None = None, *, counts: bool) -> None:
+        """Set the scales of the next step by what was seen in this one.
 
-        A step that was skipped does not count: what made it bad may be in its amaxes.
+        `largest`: of each number, over all processes that hold shares of tensors or samples. A step that was skipped does not count: what made it bad may be in its amaxes.
         """
         if counts:
             seen = torch.where(self.seen.isfinite(), self.seen, 0.0)
-            if group is not None:
-                dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=group)
+            seen = seen if largest is None else largest(seen)
             forward, backward = self._histories
             forward.record(seen[:, :2])
             backward.record(seen[:, 2:])

@@ -13,14 +13,16 @@ Status: runs on CPU with gloo; not run on a GPU yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from carillon.engine.nn.fp8 import Fp8Linear, multiply_fp8
+from carillon.engine.nn.fp8 import UNIT, Fp8Linear, multiply_fp8
 from carillon.engine.nn.fp8_scaling import Role
+from carillon.engine.parallel.collectives import largest_over
 
 
 class SplitFp8Linear(Fp8Linear):
@@ -59,20 +61,15 @@ def split_fp8(layers: Iterable[nn.Module], group: dist.ProcessGroup | None) -> N
             continue
         if layer.scaling.slot is not None:
             layer.scaling.shares = frozenset(Role)
-            layer.scaling.largest_of_shares = _largest(group)
+            layer.scaling.largest_of_shares = partial(largest_over, group=group)
         if isinstance(layer.weight, DTensor):
+            assert not any(side % UNIT for side in layer.weight.to_local().shape)  # RunConfig.check
             layer.__class__ = SplitFp8Linear
         if isinstance(layer.weight, DTensor) and layer.scaling.slot is None:
             columns = layer.weight.placements == (Shard(0),)
             layer.scaling.shares = frozenset(
                 (Role.WEIGHT, Role.GRADIENT if columns else Role.INPUT)
             )
-            layer.scaling.largest_of_shares = _largest(layer.weight.device_mesh.get_group())
-
-
-def _largest(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
-    def reduce(amax: Tensor) -> Tensor:
-        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
-        return amax
-
-    return reduce
+            layer.scaling.largest_of_shares = partial(
+                largest_over, group=layer.weight.device_mesh.get_group()
+            )

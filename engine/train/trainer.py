@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,13 @@ from carillon.engine.log import Progress, Sink, cut_jsonl, logger
 from carillon.engine.losses.contrastive import ContrastiveObjective
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8_layers import delayed_scaling, full_products
-from carillon.engine.parallel.collectives import by_mesh, gradient_norm, sum_over, whole
+from carillon.engine.parallel.collectives import (
+    by_mesh,
+    gradient_norm,
+    largest_over,
+    sum_over,
+    whole,
+)
 from carillon.engine.parallel.mesh import World
 from carillon.engine.train.checkpoint import Checkpoint, CheckpointStore
 from carillon.engine.train.checkpoint_reader import read_tensors
@@ -227,7 +234,8 @@ class Trainer:
                 self.average.update(self.model)
         self.optimizer.zero_grad()
         if self.fp8_scaling is not None:
-            self.fp8_scaling.end_step(self.world.group, counts=not verdict.skip)
+            largest = partial(largest_over, group=self.world.group)
+            self.fp8_scaling.end_step(largest, counts=not verdict.skip)
         self.guard.check()
         self.loader.check_bad_share(**counts)
         values = {"loss": mean_loss, "lr": rate, "grad_norm": norm, "skipped": float(verdict.skip)}

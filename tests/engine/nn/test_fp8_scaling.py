@@ -49,13 +49,13 @@ def test_a_step_is_scaled_by_the_amaxes_of_the_steps_before() -> None:
         )
         assert torch.equal(first(x), expected), (factor, largest)
         step(block, factor)
-        table.end_step(None, counts=True)
+        table.end_step(counts=True)
 
 
 def test_gradients_have_a_history_of_their_own() -> None:
     block, table = model()
     y = step(block, 1.0)
-    table.end_step(None, counts=True)
+    table.end_step(counts=True)
     scales = table.state_tensors()
     gradient = (2 * y.float()).to(torch.bfloat16).abs().max().float()
     assert scales["blocks.0.1.backward.scale"].item() == gradient / FP8_MAX[E5M2]
@@ -65,10 +65,10 @@ def test_gradients_have_a_history_of_their_own() -> None:
 def test_what_is_skipped_or_multiplied_in_full_does_not_count() -> None:
     block, table = model()
     step(block, 1.0)
-    table.end_step(None, counts=True)
+    table.end_step(counts=True)
     before = {name: value.clone() for name, value in table.state_tensors().items()}
     step(block, 1e6)
-    table.end_step(None, counts=False)
+    table.end_step(counts=False)
     with full_products(block):
         step(block, 1e6)
         assert torch.equal(block(inputs(2.0)), block[1].forward(block[0].forward(inputs(2.0))))  # type: ignore[index]
@@ -82,12 +82,12 @@ def test_what_is_skipped_or_multiplied_in_full_does_not_count() -> None:
 def test_one_value_that_is_not_finite_leaves_the_others_scales() -> None:
     block, table = model(length=1)
     step(block, 1.0)
-    table.end_step(None, counts=True)
+    table.end_step(counts=True)
     scale = table.state_tensors()["blocks.0.0.forward.scale"].clone()
     x = inputs(2.0)
     x[3, 4] = torch.inf
     block(x)
-    table.end_step(None, counts=True)
+    table.end_step(counts=True)
     found = table.state_tensors()["blocks.0.0.forward.scale"]
     assert found[0] == scale[0]  # an amax of infinity is not counted
     assert found[1] == scale[1]  # and that of the weight is what it was
@@ -103,14 +103,14 @@ def test_a_run_goes_on_from_its_state(steps: int) -> None:
             tensors = {name: value.clone() for name, value in table.state_tensors().items()}
             state = table.state_dict()
         results.append(step(block, factor))
-        table.end_step(None, counts=True)
+        table.end_step(counts=True)
     other, resumed = model()
     for name, value in resumed.state_tensors().items():
         value.copy_(tensors[name])
     resumed.load_state_dict(state)
     for factor, expected in zip(factors[steps:], results[steps:], strict=True):
         assert torch.equal(step(other, factor), expected)
-        resumed.end_step(None, counts=True)
+        resumed.end_step(counts=True)
     for name, value in resumed.state_tensors().items():
         assert torch.equal(value, table.state_tensors()[name]), name
 

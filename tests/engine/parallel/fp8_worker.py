@@ -7,8 +7,9 @@ how far those are from float32.
 """
 
 import json
-import runpy
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from carillon.engine.data.loader import Batch
+from carillon.engine.losses.contrastive import ContrastiveConfig, ContrastiveObjective
+from carillon.engine.models.towers.dual_encoder import DualEncoder, build_dual_encoder
 from carillon.engine.nn.fp8_layers import delayed_scaling, full_products, to_fp8
 from carillon.engine.parallel.apply import apply_layout
+from carillon.engine.parallel.collectives import largest_over, sum_over, whole
 from carillon.engine.parallel.fp8 import split_fp8
-from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of, make_mesh
+from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of, lay_out
 from carillon.engine.parallel.parity import gradient_errors
 from carillon.engine.parallel.plan import Split
 from carillon.engine.parallel.tensor import split_tensors
+from carillon.engine.train.parity.columns import CLIP
+from carillon.engine.train.step import forward_backward
 
-parity = runpy.run_path(str(Path(__file__).with_name("parity_worker.py")))
-BATCH, batch, model, step = (parity[name] for name in ("BATCH", "batch", "model", "step"))
+BATCH = 16
 RECIPES = ("tensorwise", "rowwise", "blockwise", "delayed")
 LAYOUTS = {"tp2": {"tp": 2}, "fsdp2": {"zero_stage": 3}}
 
@@ -90,27 +96,47 @@ def layer_case(recipe: str, split: Split, mesh: Any) -> dict[str, Any]:
     return {"recipe": recipe, "split": split.name, **result}
 
 
-def two_steps(laid_out: Any, world: World | None) -> tuple[float, dict[str, Tensor], Any]:
+def model() -> DualEncoder:
+    generator = torch.Generator().manual_seed(1)
+    return build_dual_encoder(CLIP, vocab_size=50, generator=generator)
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    return Batch(
+        images=torch.randint(0, 256, (BATCH, 16, 16, 3), generator=generator, dtype=torch.uint8),
+        tokens=torch.randint(0, 50, (BATCH, 12), generator=generator),
+        lengths=torch.randint(3, 13, (BATCH,), generator=generator),
+        keys=[str(i) for i in range(BATCH)],
+        languages=["en"] * BATCH,
+        bad=[],
+    )
+
+
+def two_steps(laid_out: DualEncoder, world: World | None) -> tuple[float, dict[str, Tensor], Any]:
     """The second step's loss and gradients: delayed scaling has scales by then."""
     group = None if world is None else world.data_group
     share = BATCH if world is None else BATCH // world.degrees.data
     local = batch().microbatches(share)[0 if world is None else world.data_rank]
+    objective = ContrastiveObjective(ContrastiveConfig())
+    scaling = delayed_scaling(laid_out)
     for _ in range(2):
         laid_out.zero_grad()
-        loss, gradients = step(laid_out, "softmax", local, share, group)
-        scaling = delayed_scaling(laid_out)
+        loss = forward_backward(laid_out, objective, [local], group=group, autocast=nullcontext)
         if scaling is not None:
-            scaling.end_step(dist.group.WORLD if world is not None else None, counts=True)
-    return loss, gradients, scaling
+            all_processes = None if world is None else world.group
+            scaling.end_step(partial(largest_over, group=all_processes), counts=True)
+    gradients = {name: whole(p.grad) for name, p in laid_out.named_parameters()}  # type: ignore[arg-type]
+    return float(sum_over(loss.clone(), group)) * share / BATCH, gradients, scaling
 
 
 def model_case(recipe: str, name: str, world: World, config: DistributedConfig) -> dict[str, Any]:
-    one = model("softmax")
+    one = model()
     to_fp8(one, recipe)  # type: ignore[arg-type]
     loss, reference, one_scaling = two_steps(one, None)
     with full_products(one):
         _, full, _ = two_steps(one, None)
-    other = apply_layout(model("softmax"), config, world)
+    other = apply_layout(model(), config, world)
     found_loss, found, scaling = two_steps(other, world)
     layers = [m for m in other.modules() if hasattr(m, "takes_fp8")]
     errors, own = gradient_errors(found, reference), gradient_errors(reference, full)
@@ -151,16 +177,7 @@ def main() -> None:
     for name, degrees in LAYOUTS.items():
         for recipe in RECIPES:
             config = DistributedConfig(precision="fp8", fp8_recipe=recipe, **degrees)  # type: ignore[arg-type]
-            found = degrees_of(config, 2)
-            mesh, data_mesh = make_mesh("cpu", found)
-            world = World(
-                rank=rank,
-                size=2,
-                device=torch.device("cpu"),
-                degrees=found,
-                mesh=mesh,
-                data_mesh=data_mesh,
-            )
+            world = lay_out(degrees_of(config, 2), torch.device("cpu"))
             models.append(model_case(recipe, name, world, config))
     if rank == 0:
         Path(sys.argv[1]).write_text(json.dumps({"layers": layers, "models": models}))
