@@ -112,7 +112,8 @@ class DelayedScaling:
     def end_step(self, largest: Callable[[Tensor], Tensor] | None = None, *, counts: bool) -> None:
         """Set the scales of the next step by what was seen in this one.
 
-        `largest`: of each number, over all processes that hold shares of tensors or samples. A step that was skipped does not count: what made it bad may be in its amaxes.
+        `largest`: of each number, over all processes that hold shares of tensors or samples. A
+        step that was skipped does not count: what made it bad may be in its amaxes.
         """
         if counts:
             seen = torch.where(self.seen.isfinite(), self.seen, 0.0)

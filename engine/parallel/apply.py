@@ -10,24 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from carillon.engine.models.plans import DUAL_ENCODER
+from carillon.engine.models.plans import plan_of
+from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8_layers import to_fp8
+from carillon.engine.parallel.expert import expert_units, placing, split_experts
 from carillon.engine.parallel.fp8 import split_fp8
 from carillon.engine.parallel.mesh import DistributedConfig, World
-from carillon.engine.parallel.tensor import split_tensors
+from carillon.engine.parallel.tensor import overlap_exchange, split_tensors
+
+M = TypeVar("M", DualEncoder, Decoder)
 
 
-def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) -> DualEncoder:
+def apply_layout(model: M, config: DistributedConfig, world: World) -> M:
     """Lay `model` out over the world, in place; returns it."""
     model.to(world.device)
     tp = world.axis("tp")
     if tp is not None:
-        split_tensors(model, DUAL_ENCODER, tp)
+        plan = plan_of(model, config.tp_whole_tower)
+        split_tensors(model, plan, tp, by_tokens=config.sequence_parallel)
+        if config.async_tp:
+            overlap_exchange(tp)
+    split_experts(model, world)
     if config.precision == "fp8":
         layers = to_fp8(
             model,
@@ -41,18 +50,25 @@ def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) ->
     if config.compile:
         # Split blocks are compiled per length: with symbolic sizes DTensor recurses without end.
         dynamic = world.degrees.tp == 1
-        for block in model.blocks():
+        for block in _blocks(model):
             block.compile(dynamic=dynamic)
     mesh = world.fsdp_mesh
     if mesh is not None:
         reshard = config.zero_stage == 3
+        for experts in expert_units(model, world):
+            fully_shard(
+                experts,
+                mesh=world.expert_mesh,
+                reshard_after_forward=reshard,
+                shard_placement_fn=placing(world),
+            )
         for block in _units(model, world):
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
         fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
     return model
 
 
-def _units(model: DualEncoder, world: World) -> Iterator[nn.Module]:
+def _units(model: DualEncoder | Decoder, world: World) -> Iterator[nn.Module]:
     """Parts that communicate on their own: the blocks, so that they overlap with compute.
 
     Replicas on CPUs have nothing to overlap with and nothing to free: one exchange of all gradients
@@ -60,7 +76,11 @@ def _units(model: DualEncoder, world: World) -> Iterator[nn.Module]:
     """
     if world.device.type == "cpu" and world.degrees.dp_shard == 1:
         return iter(())
-    return model.blocks()
+    return _blocks(model)
+
+
+def _blocks(model: DualEncoder | Decoder) -> Iterator[nn.Module]:
+    return iter(model.blocks) if isinstance(model, Decoder) else model.blocks()
 
 
 @contextmanager

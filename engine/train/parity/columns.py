@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from carillon.engine.data.loader import Batch
@@ -73,12 +75,14 @@ class Variant:
 @dataclass(frozen=True)
 class Step:
     """What a step gave: the loss of the global batch, the whole gradients, their norm as the
-    trainer takes it, and the share of all weights on the process that has most."""
+    trainer takes it, the share of all weights on the process that has most, and the bytes that
+    the main process kept for the backward pass."""
 
     loss: float
     gradients: Mapping[str, Tensor]
     norm: float
     held: float
+    kept_bytes: int
 
 
 # One step in a layout; without one, in this process alone.
@@ -103,10 +107,12 @@ def dual_encoder(config: DualEncoderConfig, kind: Literal["softmax", "sigmoid"])
             share, group = _BATCH // world.degrees.data, world.data_group
             local = local.microbatches(share)[world.data_rank].to(world.device)
         micro = share if not variant.cached else 3 if share > 4 else 1
-        loss = forward_backward(
-            model, objective, local.microbatches(micro), group=group, autocast=nullcontext
-        )
-        return _step(_mean(loss, group), model, world)
+        kept = Kept()
+        with kept if variant == Variant() else nullcontext():
+            loss = forward_backward(
+                model, objective, local.microbatches(micro), group=group, autocast=nullcontext
+            )
+        return _step(_mean(loss, group), model, world, kept.num_bytes)
 
     return run
 
@@ -129,7 +135,7 @@ def _mean(loss: Tensor, group: dist.ProcessGroup | None) -> float:
     return float(sum_over(loss.double(), group)) / size
 
 
-def _step(loss: float, model: nn.Module, world: World | None) -> Step:
+def _step(loss: float, model: nn.Module, world: World | None, kept_bytes: int) -> Step:
     gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
@@ -141,7 +147,27 @@ def _step(loss: float, model: nn.Module, world: World | None) -> Step:
     most = torch.tensor(held)
     if world is not None and world.group is not None:
         dist.all_reduce(most, dist.ReduceOp.MAX, group=world.group)
-    return Step(loss, gradients, norm, float(most))
+    return Step(loss, gradients, norm, float(most), kept_bytes)
+
+
+class Kept(saved_tensors_hooks):
+    """Counts what autograd keeps inside, every storage once."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, int] = {}
+        super().__init__(self._count, lambda kept: kept)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        local = _local(tensor)
+        if isinstance(local, AsyncCollectiveTensor):
+            local = local.wait()
+        storage = local.untyped_storage()
+        self._sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
 
 def _local(parameter: Tensor) -> Tensor:

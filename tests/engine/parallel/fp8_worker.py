@@ -34,7 +34,11 @@ from carillon.engine.train.step import forward_backward
 
 BATCH = 16
 RECIPES = ("tensorwise", "rowwise", "blockwise", "delayed")
-LAYOUTS = {"tp2": {"tp": 2}, "fsdp2": {"zero_stage": 3}}
+LAYOUTS = {
+    "tp2": {"tp": 2},
+    "tp2 by tokens": {"tp": 2, "sequence_parallel": True},
+    "fsdp2": {"zero_stage": 3},
+}
 
 
 def pair(recipe: str, split: Split, mesh: Any = None) -> nn.Module:

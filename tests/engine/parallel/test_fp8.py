@@ -40,7 +40,7 @@ def test_a_split_layer_is_that_of_one_process_but_for_rounding(
         assert columns["y"] == columns["weight"] == rows["x"] == rows["weight"] == 0
 
 
-@pytest.mark.parametrize("layout", ["tp2", "fsdp2"])
+@pytest.mark.parametrize("layout", ["tp2", "tp2 by tokens", "fsdp2"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_gradients_of_a_layout_are_as_near_as_8_bits_are(
     found: dict[str, Any], recipe: str, layout: str
@@ -56,7 +56,9 @@ def test_gradients_of_a_layout_are_as_near_as_8_bits_are(
         assert case["moved"] < 0.1 * case["fp8_itself"]
 
 
-@pytest.mark.parametrize(("layout", "bound"), [("tp2", 2.0**-3), ("fsdp2", 2.0**-8)])
+@pytest.mark.parametrize(
+    ("layout", "bound"), [("tp2", 2.0**-3), ("tp2 by tokens", 2.0**-3), ("fsdp2", 2.0**-8)]
+)
 def test_delayed_scales_are_the_same_on_all_processes(
     found: dict[str, Any], layout: str, bound: float
 ) -> None:
