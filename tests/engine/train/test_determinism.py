@@ -25,32 +25,35 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 MODE = (
     "distributed.deterministic=true",
     "distributed.precision=bf16",
-    "optimization.steps=4",
-    "logging.checkpoint_interval_steps=4",
+    "distributed.watchdog_s=0",  # nothing to watch for in a few steps
+    "optimization.steps=3",
+    "logging.checkpoint_interval_steps=3",
 )
 
 
+@pytest.mark.parametrize("sizes", [(1, 2), (4,)])  # one launch each
 def test_two_runs_of_a_layout_have_the_same_bits(
-    make_setup: Any, tmp_path: Path, ranks: Any
+    make_setup: Any, tmp_path: Path, ranks: Any, sizes: tuple[int, ...]
 ) -> None:
-    setups = {name: (make_setup(), make_setup()) for name in LAYOUTS}
+    layouts = {name: layout for name, layout in LAYOUTS.items() if layout[0] in sizes}
+    setups = {name: (make_setup(), make_setup()) for name in layouts}
     cases = {
         f"{name}, run {run}": (size, setups[name][run].argv(*MODE, *settings))
         for run in (0, 1)  # the first runs of all, then the second ones
-        for name, (size, settings) in LAYOUTS.items()
+        for name, (size, settings) in layouts.items()
     }
     for case, result in ranks(tmp_path / "ranks", cases).items():
         assert set(result["codes"]) == {0}, (case, result)
     losses = set()
     for name, (first, second) in setups.items():
-        assert len(first.losses()) == 4
+        assert len(first.losses()) == 3
         assert first.metrics() == second.metrics(), name
-        one, two = first.content(4), second.content(4)
+        one, two = first.content(3), second.content(3)
         assert one.keys() == two.keys()
         different = [tensor for tensor in one if not torch.equal(one[tensor], two[tensor])]
         assert not different, (name, different)
         losses.add(tuple(first.losses()))
-    assert len(losses) > 2  # layouts round otherwise: each was really another
+    assert len(layouts) == 1 or len(losses) > 2  # layouts round otherwise: they were really others
 
 
 def test_the_mode_ends_with_the_run() -> None:

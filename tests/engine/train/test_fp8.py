@@ -68,7 +68,7 @@ def test_a_run_moves_to_another_layout_with_its_history(
     """Two processes with half of each weight, looked at as they go: the losses of one process but
     for roundings, and the gaps too."""
     moved = delayed.killed_after(5, tmp_path / "runs")
-    settings = ("distributed.tp=2", "distributed.fp8_shadow.every=2")
+    settings = ("distributed.tp=2", "distributed.fp8_shadow.every=2", "distributed.watchdog_s=0")
     argv = moved.argv(*DELAYED, *settings)
     (result,) = ranks(tmp_path / "ranks", {"tp2": (2, argv)}).values()
     assert result["codes"] == [0, 0], result
