@@ -125,3 +125,19 @@ def split_sizes(config: DualEncoderConfig, whole_tower: str | None) -> Iterator[
         if tower != whole_tower:
             yield f"model.{tower}'s num_heads", sizes.num_heads
             yield f"model.{tower}'s mlp_width", sizes.mlp_width
+
+
+def fp8_sides(config: DualEncoderConfig, whole_tower: str | None) -> Iterator[tuple[str, int]]:
+    """Sides of the blocks' weights that a tensor-parallel degree divides: their name and size."""
+    vision = vision_config(config.vision_backbone, config.vision)
+    text = text_config(config.text_backbone, config.text)
+    for tower, sizes in (("vision", vision), ("text", text)):
+        if tower != whole_tower:
+            yield f"model.{tower}'s width", sizes.width
+            yield f"model.{tower}'s mlp_width", sizes.mlp_width
+
+
+def depths(config: DualEncoderConfig) -> dict[str, int]:
+    """Blocks of each tower."""
+    vision = vision_config(config.vision_backbone, config.vision)
+    return {"vision": vision.depth, "text": text_config(config.text_backbone, config.text).depth}
