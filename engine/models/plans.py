@@ -14,6 +14,7 @@ from carillon.engine.models.towers.decoder_config import DecoderConfig, divisors
 from carillon.engine.models.towers.dual_encoder import DualEncoder, DualEncoderConfig
 from carillon.engine.parallel.mesh import DistributedConfig
 from carillon.engine.parallel.plan import Plan, Split
+from carillon.engine.parallel.zigzag import either, nearest, row_length_errors
 
 _BLOCK = {
     "attention.qkv": Split.COLUMNS,
@@ -89,7 +90,27 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
             f"distributed.tp_whole_tower: {layout.tp_whole_tower} given, but a decoder has no "
             "towers; drop it"
         )
-    if layout.cp > 1 and moe.capacity_factor is not None:
+    if layout.sequence_parallel and config.context % (tp * layout.cp):
+        yield (
+            f"distributed.sequence_parallel: tp {tp} x cp {layout.cp} does not divide "
+            f"model.context ({config.context}); use a multiple of {tp * layout.cp}, or drop it"
+        )
+    yield from _context_problems(config, layout)
+
+
+def _context_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterator[str]:
+    if layout.cp == 1:
+        return
+    for error in row_length_errors(config.context, layout.cp):
+        yield f"distributed.{error}; rows are model.context long"
+    local = config.num_heads // layout.tp
+    if layout.cp_method == "ulysses" and local % layout.cp:
+        near = either(nearest(divisors(local), layout.cp))
+        yield (
+            f"distributed.cp: {layout.cp} given, but cp_method=ulysses shares {config.num_heads} "
+            f"heads / tp {layout.tp} among cp; use cp={near}, or cp_method=ring or all_gather"
+        )
+    if config.moe.capacity_factor is not None:
         yield (
             f"distributed.cp: {layout.cp} given, but model.moe.capacity_factor drops slots by "
             "their order in a whole row; leave capacity_factor out, or use cp=1"
@@ -104,3 +125,19 @@ def split_sizes(config: DualEncoderConfig, whole_tower: str | None) -> Iterator[
         if tower != whole_tower:
             yield f"model.{tower}'s num_heads", sizes.num_heads
             yield f"model.{tower}'s mlp_width", sizes.mlp_width
+
+
+def fp8_sides(config: DualEncoderConfig, whole_tower: str | None) -> Iterator[tuple[str, int]]:
+    """Sides of the blocks' weights that a tensor-parallel degree divides: their name and size."""
+    vision = vision_config(config.vision_backbone, config.vision)
+    text = text_config(config.text_backbone, config.text)
+    for tower, sizes in (("vision", vision), ("text", text)):
+        if tower != whole_tower:
+            yield f"model.{tower}'s width", sizes.width
+            yield f"model.{tower}'s mlp_width", sizes.mlp_width
+
+
+def depths(config: DualEncoderConfig) -> dict[str, int]:
+    """Blocks of each tower."""
+    vision = vision_config(config.vision_backbone, config.vision)
+    return {"vision": vision.depth, "text": text_config(config.text_backbone, config.text).depth}
