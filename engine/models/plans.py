@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from carillon.engine.config import changed
 from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig, divisors
@@ -49,6 +50,8 @@ DECODER: Plan = {
     "blocks.*.mlp.down": Split.ROWS,
     "blocks.*.mlp.shared.gate_up": Split.COLUMNS,
     "blocks.*.mlp.shared.down": Split.ROWS,
+    "head": Split.COLUMNS,
+    "": Split.STREAM,
 }
 
 
@@ -71,6 +74,8 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
         if size % tp:
             fits = ", ".join(map(str, divisors(size)))
             yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"
+    if layout.compile and tp > 1:
+        yield f"distributed.compile: true with tp={tp} does not run in a decoder yet; drop either"
     if ep > 1 and moe.num_experts is None:
         yield f"distributed.ep: {ep} given, but the model has no experts; use ep=1"
     elif ep > 1 and moe.num_experts is not None and moe.num_experts % ep:
@@ -80,6 +85,8 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
             f"distributed.ep: {ep} does not divide model.moe.num_experts ({moe.num_experts}); use "
             f"one of {fits}, or {more} experts"
         )
+    for name in changed(layout, "sequence_parallel", "tp_whole_tower"):
+        yield f"distributed.{name}: {getattr(layout, name)} given, but it is for towers; drop it"
     if layout.cp > 1 and moe.capacity_factor is not None:
         yield (
             f"distributed.cp: {layout.cp} given, but model.moe.capacity_factor drops slots by "

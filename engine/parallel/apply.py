@@ -15,7 +15,8 @@ from typing import TypeVar
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from carillon.engine.models.plans import plan_of
+from carillon.engine.config import UserError
+from carillon.engine.models.plans import decoder_problems, plan_of
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8_layers import to_fp8
@@ -28,7 +29,14 @@ M = TypeVar("M", DualEncoder, Decoder)
 
 
 def apply_layout(model: M, config: DistributedConfig, world: World) -> M:
-    """Lay `model` out over the world, in place; returns it."""
+    """Lay `model` out over the world, in place; returns it.
+
+    Raises UserError for a layout that a decoder cannot have.
+    """
+    if isinstance(model, Decoder):
+        problems = list(decoder_problems(model.config, config))
+        if problems:
+            raise UserError("; ".join(problems))
     model.to(world.device)
     tp = world.axis("tp")
     if tp is not None:
@@ -36,7 +44,7 @@ def apply_layout(model: M, config: DistributedConfig, world: World) -> M:
         split_tensors(model, plan, tp, by_tokens=config.sequence_parallel)
         if config.async_tp:
             overlap_exchange(tp)
-    split_experts(model, world)
+    split_experts(model, world, config.dispatcher)
     if config.precision == "fp8":
         layers = to_fp8(
             model,

@@ -35,22 +35,24 @@ from carillon.engine.parallel.collectives import (
     sum_gradients,
     sum_shares,
 )
-from carillon.engine.parallel.mesh import World
+from carillon.engine.parallel.expert_buffers import BufferDispatch
+from carillon.engine.parallel.mesh import Dispatcher, World
 from carillon.kernels.table import resolve
 
 _HIDDEN_DIM = {"gate_up": 2, "down": 1}  # of (X, D, 2F) and (X, F, D)
 
 
-def split_experts(model: nn.Module, world: World) -> None:
+def split_experts(model: nn.Module, world: World, dispatcher: Dispatcher) -> None:
     """Split the experts of every mixture in `model` over ep and tp, in place."""
     ep, tp = world.axis("ep"), _tp_of_experts(world)
     if ep is None and tp is None:
         return
+    dispatch = _dispatch(ep, tp, dispatcher)
     for module in model.modules():
         if isinstance(module, Moe):
             _split(module.experts, world)
             module.experts.own_share = partial(_own_share, world.degrees.ep)
-            module.dispatch = _dispatch(ep, tp)
+            module.dispatch = dispatch
 
 
 def expert_units(model: nn.Module, world: World) -> list[Experts]:
@@ -100,8 +102,12 @@ def _tp_of_experts(world: World) -> DeviceMesh | None:
     return experts["tp"] if experts is not None and world.degrees.tp > 1 else world.axis("tp")
 
 
-def _dispatch(ep: DeviceMesh | None, tp: DeviceMesh | None) -> Dispatch:
-    dispatch = dispatch_here if ep is None else partial(dispatch_over, ep.get_group())
+def _dispatch(ep: DeviceMesh | None, tp: DeviceMesh | None, dispatcher: Dispatcher) -> Dispatch:
+    dispatch: Dispatch = dispatch_here
+    if ep is not None and dispatcher == "deepep":
+        dispatch = BufferDispatch(ep.get_group())
+    elif ep is not None:
+        dispatch = partial(dispatch_over, ep.get_group())
     return dispatch if tp is None else partial(_summed, tp.get_group(), dispatch)
 
 

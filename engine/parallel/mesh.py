@@ -11,6 +11,7 @@ Status: runs on CPU with gloo; CUDA with NCCL has not run on a GPU yet.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ SAMPLE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DENSE_AXES = ("pp", "dp_replicate", "fsdp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "expert_fsdp", "ep", "tp")
 Axis = Literal["pp", "cp", "ep", "tp"]
+Dispatcher = Literal["auto", "all_to_all", "deepep"]
+DEEPEP = "deep_ep"  # the package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,9 @@ class DistributedConfig:
     ep: int = setting(
         1, "Processes that split the experts; divides dp_shard x cp.", min=1, hashed=False
     )
+    dispatcher: Dispatcher = setting(
+        "auto", "How tokens get to experts of other processes: auto is all_to_all.", hashed=False
+    )
     grad_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass.", hashed=False
     )
@@ -134,6 +140,10 @@ class DistributedConfig:
                 f"dp_shard: {self.dp_shard} given, but zero_stage=0 shards nothing; set "
                 "distributed.zero_stage=1, 2 or 3, or drop dp_shard"
             )
+        if self.dispatcher != "auto" and self.ep == 1:
+            yield f"dispatcher: {self.dispatcher} given, but ep is 1: nothing is sent; drop it"
+        elif self.dispatcher == "deepep":
+            yield from self._check_deepep()
         if self.tp == 1:
             for name in ("tp_whole_tower", "sequence_parallel", "async_tp"):
                 if changed(self, name):
@@ -175,6 +185,18 @@ class DistributedConfig:
             yield (
                 f"fp8_recipe: delayed does not run with pipeline stages yet (pp={self.pp}); use "
                 "tensorwise, or pp=1"
+            )
+
+    def _check_deepep(self) -> Iterator[str]:
+        if importlib.util.find_spec(DEEPEP) is None:
+            yield (
+                f"dispatcher: deepep given, but the package {DEEPEP} is not installed; build it "
+                "from https://github.com/deepseek-ai/DeepEP, or use auto or all_to_all"
+            )
+        if self.precision == "fp32":
+            yield (
+                "dispatcher: deepep sends bfloat16 only, but precision is fp32; use precision "
+                "bf16, or dispatcher auto or all_to_all"
             )
 
 

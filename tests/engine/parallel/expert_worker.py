@@ -6,8 +6,10 @@ rounding decides. So every fixture's margins are measured in one process, and th
 be many times the rounding of a score.
 """
 
+import importlib
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -17,16 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from carillon.engine.data.packed_rows import next_tokens, positions
-from carillon.engine.losses.language import counted, language_loss
 from carillon.engine.models.towers.decoder import Decoder, build_decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig, MoeConfig
 from carillon.engine.nn.router import Router
-from carillon.engine.parallel.apply import apply_layout, gradient_sync
+from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.collectives import gradient_norm, sum_over, whole
 from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of, lay_out
 from carillon.engine.parallel.parity import gradient_errors
 from carillon.engine.parallel.routers import finish_step
+from carillon.engine.train.language_step import PackedRows, language_forward_backward
 
 VOCABULARY, LENGTH = 48, 16
 OFFSETS = torch.tensor(
@@ -58,6 +59,7 @@ MODELS = {
         "softmax capacity": replace(SOFTMAX, capacity_factor=1.0),
         "sigmoid": SIGMOID,
         "sigmoid capacity": replace(SIGMOID, capacity_factor=1.0, dense_blocks=1),
+        "crowded sigmoid": SIGMOID,
     }.items()
 }
 
@@ -68,29 +70,39 @@ def layouts(size: int) -> dict[str, DistributedConfig]:
             "ep2": DistributedConfig(ep=2, zero_stage=3),
             "fsdp2": DistributedConfig(zero_stage=3),
             "tp2": DistributedConfig(tp=2),
+            "ep2 deepep": DistributedConfig(ep=2, zero_stage=3, dispatcher="deepep"),
         }
     return {
         "ep4": DistributedConfig(ep=4, zero_stage=3),
         "ep2 fsdp2": DistributedConfig(ep=2, zero_stage=2),
         "ep2 dp2": DistributedConfig(ep=2, zero_stage=3, dp_replicate=2, dp_shard=2),
         "ep2 tp2": DistributedConfig(ep=2, tp=2, zero_stage=3),
+        "ep2 dp2 deepep": DistributedConfig(
+            ep=2, zero_stage=3, dp_replicate=2, dp_shard=2, dispatcher="deepep"
+        ),
     }
 
 
-def model(config: DecoderConfig) -> Decoder:
-    """Weights large enough that routers prefer experts."""
+def model(name: str) -> Decoder:
+    """Weights large enough that routers prefer experts; crowded: all prefer the first few, so that
+    all but one process get no token.
+    """
+    config = MODELS[name]
+    crowded = name.startswith("crowded")
     generator = torch.Generator().manual_seed(11)
     made = build_decoder(config, vocab_size=VOCABULARY, generator=generator)
     with torch.no_grad():
-        for name, value in made.named_parameters():
-            value.mul_(1.0 if "norm" in name else 10.0 if "router" in name else 6.0)
+        for key, value in made.named_parameters():
+            value.mul_(1.0 if "norm" in key else 10.0 if "router" in key else 6.0)
+        for router in made.routers() if crowded else ():
+            assert router.bias is not None
+            router.bias[: router.shape.k] = 2.0
     return made
 
 
-def batch() -> tuple[Tensor, ...]:
+def batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(0, VOCABULARY, (len(OFFSETS), LENGTH), generator=generator)
-    return tokens, positions(OFFSETS, LENGTH), OFFSETS, next_tokens(tokens, OFFSETS)
+    return torch.randint(0, VOCABULARY, (len(OFFSETS), LENGTH), generator=generator), OFFSETS
 
 
 def margins(laid_out: Decoder) -> list[float]:
@@ -106,7 +118,7 @@ def margins(laid_out: Decoder) -> list[float]:
 
     hooks = [router.register_forward_hook(look) for router in laid_out.routers()]
     with torch.no_grad():
-        laid_out(*batch()[:3])
+        laid_out(*PackedRows.of(*batch())[:3])
     for hook in hooks:
         hook.remove()
     return found
@@ -116,23 +128,13 @@ def step(
     laid_out: Decoder, num_micro: int, world: World | None
 ) -> tuple[float, dict[str, Tensor], dict[str, float], list[Tensor]]:
     """Global loss, whole gradients, what routers log and their biases after one step."""
-    mine = list(batch())
+    rows = PackedRows.of(*batch())
     group = None if world is None else world.loss_group
     num_processes = 1 if group is None else dist.get_world_size(group)
     if world is not None:
-        share = len(OFFSETS) // world.degrees.data
-        mine = [torch.split(x, share)[world.data_rank] for x in mine]
-    num_tokens = sum_over(counted(mine[3]), group)
-    laid_out.set_batch_share(1 / num_micro)
-    total = torch.zeros(())
-    parts = list(zip(*(torch.tensor_split(x, num_micro) for x in mine), strict=True))
-    for index, (*given, labels) in enumerate(parts):
-        with gradient_sync(laid_out, enabled=index == num_micro - 1):
-            loss = language_loss(
-                laid_out(*given), labels, num_tokens=num_tokens, num_processes=num_processes
-            )
-            torch.autograd.backward(loss)
-            total += loss.detach()
+        rows = rows.split(len(OFFSETS) // world.degrees.data)[world.data_rank]
+    micro = rows.split(len(rows.tokens) // num_micro)
+    total = language_forward_backward(laid_out, micro, world=world, autocast=nullcontext)
     total = sum_over(total, group) / num_processes
     gradients = {}
     for name, parameter in laid_out.named_parameters():
@@ -145,16 +147,18 @@ def step(
 
 def main() -> None:
     dist.init_process_group("gloo")
+    sys.path.insert(0, str(Path(__file__).parent))
+    sys.modules["deep_ep"] = importlib.import_module("deep_ep_stand_in")
     size, rank = dist.get_world_size(), dist.get_rank()
     results = []
-    for name, config in MODELS.items():
-        margin = min(margins(model(config)))
-        reference_loss, reference, logged, biases = step(model(config), 1, None)
+    for name in MODELS:
+        margin = min(margins(model(name)))
+        reference_loss, reference, logged, biases = step(model(name), 1, None)
         norm = torch.stack([g.norm() for g in reference.values()]).norm()
         for (layout, distributed), recompute in product(layouts(size).items(), (False, True)):
             distributed = replace(distributed, grad_checkpointing=recompute)
             world = lay_out(degrees_of(distributed, size), torch.device("cpu"))
-            laid_out = apply_layout(model(config), distributed, world)
+            laid_out = apply_layout(model(name), distributed, world)
             num_micro = 2 if recompute else 1
             loss, gradients, facts, moved = step(laid_out, num_micro, world)
             errors = gradient_errors(gradients, reference)
