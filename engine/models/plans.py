@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from carillon.engine.config import changed
 from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig, divisors
 from carillon.engine.models.towers.dual_encoder import DualEncoder, DualEncoderConfig
 from carillon.engine.parallel.mesh import DistributedConfig
 from carillon.engine.parallel.plan import Plan, Split
+from carillon.engine.parallel.zigzag import either, nearest, row_length_errors
 
 _BLOCK = {
     "attention.qkv": Split.COLUMNS,
@@ -85,9 +85,32 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
             f"distributed.ep: {ep} does not divide model.moe.num_experts ({moe.num_experts}); use "
             f"one of {fits}, or {more} experts"
         )
-    for name in changed(layout, "sequence_parallel", "tp_whole_tower"):
-        yield f"distributed.{name}: {getattr(layout, name)} given, but it is for towers; drop it"
-    if layout.cp > 1 and moe.capacity_factor is not None:
+    if layout.tp_whole_tower is not None:
+        yield (
+            f"distributed.tp_whole_tower: {layout.tp_whole_tower} given, but a decoder has no "
+            "towers; drop it"
+        )
+    if layout.sequence_parallel and config.context % (tp * layout.cp):
+        yield (
+            f"distributed.sequence_parallel: tp {tp} x cp {layout.cp} does not divide "
+            f"model.context ({config.context}); use a multiple of {tp * layout.cp}, or drop it"
+        )
+    yield from _context_problems(config, layout)
+
+
+def _context_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterator[str]:
+    if layout.cp == 1:
+        return
+    for error in row_length_errors(config.context, layout.cp):
+        yield f"distributed.{error}; rows are model.context long"
+    local = config.num_heads // layout.tp
+    if layout.cp_method == "ulysses" and local % layout.cp:
+        near = either(nearest(divisors(local), layout.cp))
+        yield (
+            f"distributed.cp: {layout.cp} given, but cp_method=ulysses shares {config.num_heads} "
+            f"heads / tp {layout.tp} among cp; use cp={near}, or cp_method=ring or all_gather"
+        )
+    if config.moe.capacity_factor is not None:
         yield (
             f"distributed.cp: {layout.cp} given, but model.moe.capacity_factor drops slots by "
             "their order in a whole row; leave capacity_factor out, or use cp=1"

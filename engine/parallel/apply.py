@@ -20,6 +20,7 @@ from carillon.engine.models.plans import decoder_problems, plan_of
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8_layers import to_fp8
+from carillon.engine.parallel.context import share_context
 from carillon.engine.parallel.expert import expert_units, placing, split_experts
 from carillon.engine.parallel.fp8 import split_fp8
 from carillon.engine.parallel.mesh import DistributedConfig, World
@@ -45,6 +46,9 @@ def apply_layout(model: M, config: DistributedConfig, world: World) -> M:
         if config.async_tp:
             overlap_exchange(tp)
     split_experts(model, world, config.dispatcher)
+    context = world.axis("cp")
+    if context is not None:
+        share_context(model, config.cp_method, context.get_group())
     if config.precision == "fp8":
         layers = to_fp8(
             model,

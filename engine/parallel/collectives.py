@@ -22,17 +22,15 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
+        local = local.contiguous()
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, local.contiguous(), group=group)
+        dist.all_gather(parts, local, group=group)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # Every rank used every row: a row's gradient is the sum over ranks of its slice.
-        parts = [part.contiguous() for part in grad.chunk(dist.get_world_size(ctx.group))]
-        own = torch.empty_like(parts[0])
-        dist.reduce_scatter(own, parts, group=ctx.group)
-        return own, None
+        return scatter_sums(grad, ctx.group), None
 
 
 def gather_rows(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -46,11 +44,11 @@ def gather_rows(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return gathered
 
 
-class _ExchangeShares(torch.autograd.Function):
+class _ExchangeBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shares: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _all_to_all(shares, group)
+        return _all_to_all(blocks, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -58,9 +56,19 @@ class _ExchangeShares(torch.autograd.Function):
 
 
 def _all_to_all(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    values = values.contiguous()
     received = torch.empty_like(values)
-    dist.all_to_all_single(received, values.contiguous(), group=group)
+    dist.all_to_all_single(received, values, group=group)
     return received
+
+
+def exchange_blocks(blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Block i goes to rank i; those that arrive are in the order of the senders.
+
+    Shapes: (world, ...) -> (world, ...). The backward pass sends gradients back the same way.
+    """
+    exchanged: Tensor = _ExchangeBlocks.apply(blocks, group)  # type: ignore[no-untyped-call]
+    return exchanged
 
 
 def exchange_shares(shares: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -70,8 +78,15 @@ def exchange_shares(shares: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """
     if group is None:
         return shares.unsqueeze(0)
-    exchanged: Tensor = _ExchangeShares.apply(shares, group)  # type: ignore[no-untyped-call]
-    return exchanged.view(dist.get_world_size(group), -1)
+    return exchange_blocks(shares.view(dist.get_world_size(group), -1), group)
+
+
+def scatter_sums(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks of a rank's own rows, without gradient: (world x n, ...) -> (n, ...)."""
+    parts = [part.contiguous() for part in values.chunk(dist.get_world_size(group))]
+    own = torch.empty_like(parts[0])
+    dist.reduce_scatter(own, parts, group=group)
+    return own
 
 
 class _ExchangeRows(torch.autograd.Function):

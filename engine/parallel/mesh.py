@@ -2,10 +2,10 @@
 
 Experts have no axis of their own: their ep processes are neighbours in dp_shard x cp, which for
 other weights shard one replica. So there are up to three views of the same processes, in the same
-order (`Meshes`). Data, tensor and expert parallelism run today; pp and cp are laid out and
-refused above 1 until their mechanisms join. `zero_stage` in the PRD's terms maps onto FSDP2: 0
-replicates, 1 and 2 shard parameters but keep them gathered between forward and backward, 3 frees
-them again. The meshes are passed in, never global.
+order (`Meshes`). Data, tensor, expert and context parallelism run today; pp is laid out and refused
+above 1 until its mechanism joins. `zero_stage` in the PRD's terms maps onto FSDP2: 0 replicates, 1
+and 2 shard parameters but keep them gathered between forward and backward, 3 frees them again. The
+meshes are passed in, never global.
 Status: runs on CPU with gloo; CUDA with NCCL has not run on a GPU yet.
 """
 
@@ -31,6 +31,7 @@ SAMPLE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DENSE_AXES = ("pp", "dp_replicate", "fsdp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "expert_fsdp", "ep", "tp")
 Axis = Literal["pp", "cp", "ep", "tp"]
+ContextMethod = Literal["ulysses", "ring", "all_gather"]
 Dispatcher = Literal["auto", "all_to_all", "deepep"]
 DEEPEP = "deep_ep"  # the package
 
@@ -72,6 +73,11 @@ class DistributedConfig:
     )
     pp: int = setting(1, "Pipeline stages.", min=1, hashed=False)
     cp: int = setting(1, "Context-parallel processes.", min=1, hashed=False)
+    cp_method: ContextMethod = setting(
+        "ring",
+        "How attention sees the other tokens: heads exchanged, keys in a ring, or gathered keys.",
+        hashed=False,
+    )
     tp: int = setting(1, "Tensor-parallel processes.", min=1, hashed=False)
     tp_whole_tower: Literal["vision", "text"] | None = setting(
         None,
@@ -129,12 +135,11 @@ class DistributedConfig:
     )
 
     def check(self) -> Iterator[str]:
-        for axis in ("pp", "cp"):
-            if getattr(self, axis) > 1:
-                yield (
-                    f"{axis}: {getattr(self, axis)} given; this axis comes with the parallel "
-                    f"layouts (after data parallel and FSDP). Set distributed.{axis}=1"
-                )
+        if self.pp > 1:
+            yield (
+                f"pp: {self.pp} given; this axis comes with the parallel layouts (after data "
+                "parallel and FSDP). Set distributed.pp=1"
+            )
         if self.zero_stage == 0 and (self.dp_shard or 1) > 1:
             yield (
                 f"dp_shard: {self.dp_shard} given, but zero_stage=0 shards nothing; set "
@@ -144,6 +149,8 @@ class DistributedConfig:
             yield f"dispatcher: {self.dispatcher} given, but ep is 1: nothing is sent; drop it"
         elif self.dispatcher == "deepep":
             yield from self._check_deepep()
+        if self.cp == 1 and changed(self, "cp_method"):
+            yield f"cp_method: {self.cp_method} given, but cp is 1; drop it, or raise cp"
         if self.tp == 1:
             for name in ("tp_whole_tower", "sequence_parallel", "async_tp"):
                 if changed(self, name):

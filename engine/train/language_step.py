@@ -9,37 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from carillon.engine.data.packed_rows import next_tokens, positions
+from carillon.engine.data.packed_rows import PackedRows
 from carillon.engine.losses.language import SplitVocabulary, counted, language_loss
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.parallel.apply import gradient_sync
 from carillon.engine.parallel.collectives import sum_over
 from carillon.engine.parallel.mesh import World
-
-
-class PackedRows(NamedTuple):
-    """What a decoder sees of a batch, each (B, L) but the offsets (B, S)."""
-
-    tokens: Tensor
-    positions: Tensor
-    offsets: Tensor
-    labels: Tensor
-
-    @staticmethod
-    def of(tokens_BL: Tensor, offsets_BS: Tensor) -> PackedRows:
-        """Positions and labels follow from where documents start."""
-        place_BL = positions(offsets_BS, tokens_BL.shape[1])
-        return PackedRows(tokens_BL, place_BL, offsets_BS, next_tokens(tokens_BL, offsets_BS))
-
-    def split(self, num_rows: int) -> list[PackedRows]:
-        """Parts of at most so many rows."""
-        return [PackedRows(*p) for p in zip(*(torch.split(x, num_rows) for x in self), strict=True)]
 
 
 def language_forward_backward(

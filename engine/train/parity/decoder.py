@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from carillon.engine.data.packed_rows import PackedRows
 from carillon.engine.models.towers.decoder import Decoder, build_decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig, MoeConfig
 from carillon.engine.nn.router import Router
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.mesh import DistributedConfig, World
-from carillon.engine.train.language_step import PackedRows, language_forward_backward
+from carillon.engine.parallel.zigzag import Zigzag
+from carillon.engine.train.language_step import language_forward_backward
 from carillon.engine.train.parity.step import Kept, Run, Step, Variant, mean_over, measured
 
 VOCABULARY, LENGTH = 50, 16
@@ -60,6 +62,9 @@ def decoder(moe: MoeConfig) -> Run:
             model = apply_layout(model, layout, world)
             group = world.loss_group
             own = rows.split(len(rows.tokens) // world.degrees.data)[world.data_rank]
+            context = world.axis("cp")
+            if context is not None:
+                own = Zigzag(context.size(), context.get_local_rank()).share_of(own)
             rows = PackedRows(*(x.to(world.device) for x in own))
         num_micro = 2 if variant.cached else 1
         micro = rows.split(len(rows.tokens) // num_micro)

@@ -59,6 +59,10 @@ ROWS = (
     Row("TP2+SP", 2, {"tp": 2, "sequence_parallel": True}, variants=(_PLAIN, _CACHED, _COMPILED)),
     Row("TP2, text tower whole", 2, {"tp": 2, "tp_whole_tower": "text"}, DUAL),
     Row("EP2", 2, {"ep": 2, "zero_stage": 3}, DECODER),
+    *(
+        Row(f"CP2, {method}", 2, {"cp": 2, "cp_method": method}, DECODER)
+        for method in ("ulysses", "ring", "all_gather")
+    ),
     Row("DP4", 4, {}, variants=(_PLAIN, _CACHED, _RING)),
     Row("FSDP4", 4, {"zero_stage": 3}),
     Row("HSDP 2x2", 4, {"zero_stage": 3, "dp_replicate": 2, "dp_shard": 2}),
@@ -71,4 +75,9 @@ ROWS = (
     Row("EP2xFSDP2", 4, {"ep": 2, "zero_stage": 3}, DECODER),
     Row("EP2xTP2", 4, {"ep": 2, "tp": 2, "zero_stage": 3}, DECODER),
     Row("EP2xTP2+SP", 4, {"ep": 2, "tp": 2, "zero_stage": 3, "sequence_parallel": True}, DECODER),
+    Row("CP4", 4, {"cp": 4}, DECODER),
+    Row("CP2xTP2", 4, {"cp": 2, "tp": 2}, DECODER),
+    Row("CP2xTP2+SP", 4, {"cp": 2, "tp": 2, "sequence_parallel": True}, DECODER),
+    Row("CP2xFSDP2", 4, {"cp": 2, "zero_stage": 3}, DECODER),
+    Row("CP2xEP2", 4, {"cp": 2, "ep": 2, "zero_stage": 3}, DECODER),
 )

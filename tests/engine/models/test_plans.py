@@ -35,8 +35,13 @@ MIXED = DecoderConfig(
         ),
         (
             MIXED,
-            DistributedConfig(tp=2, sequence_parallel=True),
-            ["sequence_parallel: True given, but it is for towers"],
+            DistributedConfig(tp=2, tp_whole_tower="text"),
+            ["tp_whole_tower: text given, but a decoder has no towers"],
+        ),
+        (
+            replace(MIXED, context=18),
+            DistributedConfig(tp=2, cp=2, sequence_parallel=True),
+            ["tp 2 x cp 2 does not divide model.context (18)", "cp: 2 given"],
         ),
         (replace(MIXED, moe=MoeConfig()), DistributedConfig(ep=2), ["the model has no experts"]),
         (

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from carillon.engine.data.packed_rows import PackedRows
 from carillon.engine.models.towers.decoder import Decoder, build_decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig, MoeConfig
 from carillon.engine.nn.router import Router
@@ -27,7 +28,7 @@ from carillon.engine.parallel.collectives import gradient_norm, sum_over, whole
 from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of, lay_out
 from carillon.engine.parallel.parity import gradient_errors
 from carillon.engine.parallel.routers import finish_step
-from carillon.engine.train.language_step import PackedRows, language_forward_backward
+from carillon.engine.train.language_step import language_forward_backward
 
 VOCABULARY, LENGTH = 48, 16
 OFFSETS = torch.tensor(
