@@ -167,6 +167,18 @@ class DistributedConfig:
         if self.device == "cuda" and not torch.cuda.is_available():
             yield "device: cuda asked for and there is none; use auto or cpu"
 
+    def _check_deepep(self) -> Iterator[str]:
+        if importlib.util.find_spec(DEEPEP) is None:
+            yield (
+                f"dispatcher: deepep given, but the package {DEEPEP} is not installed; build it "
+                "from https://github.com/deepseek-ai/DeepEP, or use auto or all_to_all"
+            )
+        if self.precision == "fp32":
+            yield (
+                "dispatcher: deepep sends bfloat16 only, but precision is fp32; use precision "
+                "bf16, or dispatcher auto or all_to_all"
+            )
+
     def _check_fp8(self) -> Iterator[str]:
         if self.precision != "fp8":
             names = ("fp8_recipe", "fp8_history", "fp8_provider", "fp8_keep_blocks")
@@ -192,18 +204,6 @@ class DistributedConfig:
             yield (
                 f"fp8_recipe: delayed does not run with pipeline stages yet (pp={self.pp}); use "
                 "tensorwise, or pp=1"
-            )
-
-    def _check_deepep(self) -> Iterator[str]:
-        if importlib.util.find_spec(DEEPEP) is None:
-            yield (
-                f"dispatcher: deepep given, but the package {DEEPEP} is not installed; build it "
-                "from https://github.com/deepseek-ai/DeepEP, or use auto or all_to_all"
-            )
-        if self.precision == "fp32":
-            yield (
-                "dispatcher: deepep sends bfloat16 only, but precision is fp32; use precision "
-                "bf16, or dispatcher auto or all_to_all"
             )
 
 

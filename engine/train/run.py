@@ -127,14 +127,14 @@ class RunConfig:
             if size % tp:
                 fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
                 yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"
-        if self.distributed.precision == "fp8":
-            yield from self._check_fp8()
         if self.distributed.cp > 1:
             yield (
                 f"distributed.cp: {self.distributed.cp} given, but the dual encoder's sequences "
                 "are short: they are not cut. Set distributed.cp=1, and give those processes to "
                 "data parallelism (distributed.zero_stage) or tp"
             )
+        if self.distributed.precision == "fp8":
+            yield from self._check_fp8()
         asked = self.data.augment.text.max_len
         if asked is not None and asked > context:
             yield (
