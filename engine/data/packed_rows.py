@@ -6,6 +6,8 @@ to L, padded with L (empty documents).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,3 +29,22 @@ def next_tokens(tokens_BL: Tensor, offsets_BS: Tensor) -> Tensor:
     # A document ends before the next one's start; an empty one repeats the end of the row.
     ends_BS = (offsets_BS[:, 1:].long() - 1).clamp(min=0)
     return labels_BL.scatter(1, ends_BS, IGNORED)
+
+
+class PackedRows(NamedTuple):
+    """What a decoder and its loss take: whole rows, or a process's share of their tokens."""
+
+    tokens: Tensor  # (B, L)
+    positions: Tensor  # (B, L)
+    offsets: Tensor  # (B, S), those of whole rows always
+    labels: Tensor  # (B, L)
+
+    @staticmethod
+    def of(tokens_BL: Tensor, offsets_BS: Tensor) -> PackedRows:
+        """Positions and labels follow from where documents start."""
+        place_BL = positions(offsets_BS, tokens_BL.shape[1])
+        return PackedRows(tokens_BL, place_BL, offsets_BS, next_tokens(tokens_BL, offsets_BS))
+
+    def split(self, num_rows: int) -> list[PackedRows]:
+        """Parts of at most so many rows."""
+        return [PackedRows(*p) for p in zip(*(torch.split(x, num_rows) for x in self), strict=True)]

@@ -50,6 +50,8 @@ DECODER: Plan = {
     "blocks.*.mlp.down": Split.ROWS,
     "blocks.*.mlp.shared.gate_up": Split.COLUMNS,
     "blocks.*.mlp.shared.down": Split.ROWS,
+    "head": Split.COLUMNS,
+    "": Split.STREAM,
 }
 
 
@@ -72,6 +74,8 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
         if size % tp:
             fits = ", ".join(map(str, divisors(size)))
             yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"
+    if layout.compile and tp > 1:
+        yield f"distributed.compile: true with tp={tp} does not run in a decoder yet; drop either"
     if ep > 1 and moe.num_experts is None:
         yield f"distributed.ep: {ep} given, but the model has no experts; use ep=1"
     elif ep > 1 and moe.num_experts is not None and moe.num_experts % ep:
@@ -80,6 +84,16 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
         yield (
             f"distributed.ep: {ep} does not divide model.moe.num_experts ({moe.num_experts}); use "
             f"one of {fits}, or {more} experts"
+        )
+    if layout.tp_whole_tower is not None:
+        yield (
+            f"distributed.tp_whole_tower: {layout.tp_whole_tower} given, but a decoder has no "
+            "towers; drop it"
+        )
+    if layout.sequence_parallel and config.context % (tp * layout.cp):
+        yield (
+            f"distributed.sequence_parallel: tp {tp} x cp {layout.cp} does not divide "
+            f"model.context ({config.context}); use a multiple of {tp * layout.cp}, or drop it"
         )
     yield from _context_problems(config, layout)
 
@@ -111,3 +125,19 @@ def split_sizes(config: DualEncoderConfig, whole_tower: str | None) -> Iterator[
         if tower != whole_tower:
             yield f"model.{tower}'s num_heads", sizes.num_heads
             yield f"model.{tower}'s mlp_width", sizes.mlp_width
+
+
+def fp8_sides(config: DualEncoderConfig, whole_tower: str | None) -> Iterator[tuple[str, int]]:
+    """Sides of the blocks' weights that a tensor-parallel degree divides: their name and size."""
+    vision = vision_config(config.vision_backbone, config.vision)
+    text = text_config(config.text_backbone, config.text)
+    for tower, sizes in (("vision", vision), ("text", text)):
+        if tower != whole_tower:
+            yield f"model.{tower}'s width", sizes.width
+            yield f"model.{tower}'s mlp_width", sizes.mlp_width
+
+
+def depths(config: DualEncoderConfig) -> dict[str, int]:
+    """Blocks of each tower."""
+    vision = vision_config(config.vision_backbone, config.vision)
+    return {"vision": vision.depth, "text": text_config(config.text_backbone, config.text).depth}

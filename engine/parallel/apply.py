@@ -15,12 +15,14 @@ from typing import TypeVar
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from carillon.engine.models.plans import plan_of
+from carillon.engine.config import UserError
+from carillon.engine.models.plans import decoder_problems, plan_of
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.dual_encoder import DualEncoder
-from carillon.engine.nn.fp8 import to_fp8
+from carillon.engine.nn.fp8_layers import to_fp8
 from carillon.engine.parallel.context import share_context
 from carillon.engine.parallel.expert import expert_units, placing, split_experts
+from carillon.engine.parallel.fp8 import split_fp8
 from carillon.engine.parallel.mesh import DistributedConfig, World
 from carillon.engine.parallel.tensor import overlap_exchange, split_tensors
 
@@ -28,7 +30,14 @@ M = TypeVar("M", DualEncoder, Decoder)
 
 
 def apply_layout(model: M, config: DistributedConfig, world: World) -> M:
-    """Lay `model` out over the world, in place; returns it."""
+    """Lay `model` out over the world, in place; returns it.
+
+    Raises UserError for a layout that a decoder cannot have.
+    """
+    if isinstance(model, Decoder):
+        problems = list(decoder_problems(model.config, config))
+        if problems:
+            raise UserError("; ".join(problems))
     model.to(world.device)
     tp = world.axis("tp")
     if tp is not None:
@@ -41,7 +50,14 @@ def apply_layout(model: M, config: DistributedConfig, world: World) -> M:
     if context is not None:
         share_context(model, config.cp_method, context.get_group())
     if config.precision == "fp8":
-        to_fp8(_blocks(model), config.fp8_recipe)
+        layers = to_fp8(
+            model,
+            config.fp8_recipe,
+            provider=config.fp8_provider,
+            keep_blocks=config.fp8_keep_blocks,
+            history=config.fp8_history,
+        )
+        split_fp8(layers.values(), world.group)
     model.set_recompute(config.grad_checkpointing)
     if config.compile:
         # Split blocks are compiled per length: with symbolic sizes DTensor recurses without end.

@@ -199,3 +199,10 @@ def sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is not None:
         dist.all_reduce(values, group=group)
     return values
+
+
+def largest_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Element-wise largest over ranks, without gradient, in place."""
+    if group is not None:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return values

@@ -22,7 +22,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from carillon.engine.config import UserError, changed, setting
+from carillon.engine.config import UserError, changed, section, setting
+from carillon.engine.nn.fp8_layers import Provider, provider_problems
+from carillon.engine.nn.fp8_scaling import Recipe
+from carillon.engine.parallel.determinism import nondeterministic
 
 SAMPLE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DENSE_AXES = ("pp", "dp_replicate", "fsdp", "tp")
@@ -31,6 +34,24 @@ Axis = Literal["pp", "cp", "ep", "tp"]
 ContextMethod = Literal["ulysses", "ring", "all_gather"]
 Dispatcher = Literal["auto", "all_to_all", "deepep"]
 DEEPEP = "deep_ep"  # the package
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8ShadowConfig:
+    """`distributed.fp8_shadow`: a second look at fp8's loss, by bfloat16 products."""
+
+    every: int = setting(
+        0, "Steps between two looks at the same batch with bf16 products; 0: none.", min=0
+    )
+    bound: float = setting(
+        0.02, "The largest |fp8 - bf16| / bf16 of the loss that is in order.", min=1e-6, max=1.0
+    )
+    patience: int = setting(3, "Stop after so many looks in a row above the bound.", min=1)
+
+    def check(self) -> Iterator[str]:
+        if self.every == 0:
+            for name in changed(self, "bound", "patience"):
+                yield f"{name}: {getattr(self, name)} given, but every is 0; set every, or drop it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +106,23 @@ class DistributedConfig:
     precision: Literal["fp32", "bf16", "fp8"] = setting(
         "bf16", "Arithmetic of the towers' products; fp8: those of the blocks, bf16 elsewhere."
     )
-    fp8_recipe: Literal["tensorwise", "rowwise"] = setting(
-        "tensorwise", "Scales of 8-bit floats: one a tensor, or one a row."
+    fp8_recipe: Recipe = setting(
+        "tensorwise",
+        "Scales of 8-bit floats: one a tensor, a row or a block of 128, or of the last steps' "
+        "amaxes (delayed).",
+    )
+    fp8_history: int = setting(16, "Steps whose amaxes delayed scaling keeps.", min=1, max=65_536)
+    fp8_provider: Provider = setting(
+        "auto", "Who computes 8-bit products; auto is native, our own casts.", hashed=False
+    )
+    fp8_keep_blocks: int = setting(
+        0, "Blocks at either end of each tower that stay in bf16.", min=0, max=1024
+    )
+    fp8_shadow: Fp8ShadowConfig = section(Fp8ShadowConfig, hashed=False)
+    deterministic: bool = setting(
+        False,
+        "The same layout gives the same bits in every run, where it may be slower.",
+        hashed=False,
     )
     compile: bool = setting(False, "Compile the towers' blocks with torch.compile.")
     timeout_s: int = setting(1800, "A collective that takes longer fails.", min=10, hashed=False)
@@ -109,6 +145,10 @@ class DistributedConfig:
                 f"dp_shard: {self.dp_shard} given, but zero_stage=0 shards nothing; set "
                 "distributed.zero_stage=1, 2 or 3, or drop dp_shard"
             )
+        if self.dispatcher != "auto" and self.ep == 1:
+            yield f"dispatcher: {self.dispatcher} given, but ep is 1: nothing is sent; drop it"
+        elif self.dispatcher == "deepep":
+            yield from self._check_deepep()
         if self.cp == 1 and changed(self, "cp_method"):
             yield f"cp_method: {self.cp_method} given, but cp is 1; drop it, or raise cp"
         if self.tp == 1:
@@ -119,17 +159,9 @@ class DistributedConfig:
             yield "async_tp: needs sequence_parallel=true and compile=true; set them, or drop it"
         elif self.async_tp and not torch.cuda.is_available():
             yield "async_tp: needs CUDA devices and there is none; drop it"
-        if self.dispatcher != "auto" and self.ep == 1:
-            yield f"dispatcher: {self.dispatcher} given, but ep is 1: nothing is sent; drop it"
-        elif self.dispatcher == "deepep":
-            yield from self._check_deepep()
-        if self.precision != "fp8" and changed(self, "fp8_recipe"):
-            yield f"fp8_recipe: {self.fp8_recipe} given, but precision is {self.precision}; drop it"
-        if self.precision == "fp8" and self.tp > 1:
-            yield (
-                f"precision: fp8 does not run with tensor parallelism yet (tp={self.tp}); use "
-                "bf16, or tp=1"
-            )
+        yield from self._check_fp8()
+        if self.deterministic:
+            yield from nondeterministic(self)
         if self.backend == "nccl" and not torch.cuda.is_available():
             yield "backend: nccl needs a CUDA device and there is none; use auto or gloo"
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -145,6 +177,33 @@ class DistributedConfig:
             yield (
                 "dispatcher: deepep sends bfloat16 only, but precision is fp32; use precision "
                 "bf16, or dispatcher auto or all_to_all"
+            )
+
+    def _check_fp8(self) -> Iterator[str]:
+        if self.precision != "fp8":
+            names = ("fp8_recipe", "fp8_history", "fp8_provider", "fp8_keep_blocks")
+            for name in changed(self, *names):
+                given = getattr(self, name)
+                yield f"{name}: {given} given, but precision is {self.precision}; drop it"
+            if self.fp8_shadow.every:
+                yield f"fp8_shadow: given, but precision is {self.precision}; drop it"
+            return
+        yield from provider_problems(self.fp8_provider, self.fp8_recipe)
+        if self.fp8_recipe != "delayed" and changed(self, "fp8_history"):
+            yield f"fp8_history: {self.fp8_history} given, but fp8_recipe is {self.fp8_recipe}"
+        if self.fp8_provider not in ("auto", "native") and self.tp > 1:
+            yield (
+                f"fp8_provider: {self.fp8_provider} does not multiply shares (tp={self.tp}); use "
+                "native, or tp=1"
+            )
+        if self.compile and self.fp8_recipe == "delayed":
+            yield "fp8_recipe: delayed is not compiled yet; use tensorwise, or compile=false"
+        if self.compile and self.tp > 1:
+            yield f"compile: fp8 with tp={self.tp} is not compiled yet; use compile=false, or bf16"
+        if self.fp8_recipe == "delayed" and self.pp > 1:
+            yield (
+                f"fp8_recipe: delayed does not run with pipeline stages yet (pp={self.pp}); use "
+                "tensorwise, or pp=1"
             )
 
 

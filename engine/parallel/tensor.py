@@ -5,15 +5,16 @@ the inputs there are whole and equal, so its gradient is too.
 
 With sequence parallelism the residual stream of a stack of blocks lies by tokens, so that norms and
 sums are computed and kept once and not tp times; each sum over processes becomes a gather before
-the products and a scatter after them. Tokens are padded up to a multiple of tp, the padding hidden
-from all others. The last block has whole tokens, since it may compute only the one that is pooled.
+the products and a scatter after them. An encoder's tokens are padded up to a multiple of tp, the
+padding hidden from all others, and its last block has all of them, since it may compute only the
+one that is pooled. A mixture of experts sees all tokens too.
 Source: Korthikanti et al. 2022 (Reducing Activation Recomputation), section 4.2.2.
 Status: runs on CPU with gloo; not run on a GPU yet, and overlap_exchange nowhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -30,8 +31,10 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from carillon.engine.nn.norm import LayerNorm
-from carillon.engine.nn.transformer import Block, Transformer
+from carillon.engine.models.towers.decoder import Decoder
+from carillon.engine.nn.moe import Moe
+from carillon.engine.nn.norm import LayerNorm, RMSNorm
+from carillon.engine.nn.transformer import Transformer
 from carillon.engine.parallel.plan import Plan, Split
 
 _HEADS_DIM = 1  # of queries and keys, (B, H, L, K)
@@ -43,28 +46,41 @@ def split_tensors(
     model: nn.Module, plan: Plan, mesh: DeviceMesh, *, by_tokens: bool = False
 ) -> None:
     """Split `model` over the tensor-parallel `mesh`, in place; `by_tokens`: sequence parallel."""
+    modules = dict(model.named_modules())
+    streams = [
+        modules[name]
+        for pattern, split in plan.items()
+        for name in modules
+        if by_tokens and split is Split.STREAM and fnmatchcase(name, pattern)
+    ]
+    inside = {part for stream in streams for block in _blocks_by_tokens(stream) for part in block}
     styles: dict[str, ParallelStyle] = {}
-    streams = list(_streams(model, plan)) if by_tokens else []
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         for pattern, split in plan.items():
             if split is not Split.STREAM and fnmatchcase(name, pattern):
-                inside = any(name.startswith(prefix) for prefix in streams)
-                styles[name] = _style(split, by_tokens=inside)
-        if isinstance(module, LayerNorm) and name.rpartition(".")[0] + "." in streams:
+                styles[name] = _style(split, by_tokens=module in inside)
+        if isinstance(module, LayerNorm | RMSNorm) and module in inside and name not in styles:
             styles[name] = SequenceParallel(sequence_dim=_TOKENS_DIM)
     parallelize_module(model, mesh, styles)
-    if by_tokens:
-        for name, module in model.named_modules():
-            if any(fnmatchcase(name, p) and s is Split.STREAM for p, s in plan.items()):
-                _lay_by_tokens(module, mesh)
+    for stream in streams:
+        _lay_by_tokens(stream, mesh)
 
 
-def _streams(model: nn.Module, plan: Plan) -> Iterator[str]:
-    """Prefixes of the blocks whose residual stream lies by tokens."""
-    patterns = [pattern for pattern, split in plan.items() if split is Split.STREAM]
-    for name, module in model.named_modules():
-        if isinstance(module, Transformer) and any(fnmatchcase(name, p) for p in patterns):
-            yield from (f"{name}.blocks.{index}." for index in range(len(module.blocks) - 1))
+def _blocks_by_tokens(stream: nn.Module) -> Iterator[list[nn.Module]]:
+    """The modules of each block that sees a share of the tokens, less those that need all."""
+    if isinstance(stream, Decoder):
+        for block in stream.blocks:
+            whole = {part for mixture in _mixtures(block) for part in mixture.modules()}
+            yield [part for part in block.modules() if part not in whole]
+    elif isinstance(stream, Transformer):
+        for block in stream.blocks[:-1]:
+            yield list(block.modules())
+    else:
+        raise TypeError(f"{type(stream).__name__} has no residual stream that is known here")
+
+
+def _mixtures(module: nn.Module) -> Iterator[Moe]:
+    return (part for part in module.modules() if isinstance(part, Moe))
 
 
 def _style(split: Split, *, by_tokens: bool) -> ParallelStyle:
@@ -87,9 +103,34 @@ def _style(split: Split, *, by_tokens: bool) -> ParallelStyle:
             raise ValueError("a stream is laid out around its blocks, not by a style")
 
 
-def _lay_by_tokens(stack: nn.Module, mesh: DeviceMesh) -> None:
-    """Cut what enters a stack of blocks into shares of tokens, and join them for the last block."""
-    assert isinstance(stack, Transformer)
+def _lay_by_tokens(stream: nn.Module, mesh: DeviceMesh) -> None:
+    """Cut what enters a stack of blocks into shares of tokens; join them where all are needed."""
+
+    def cut(x_BLD: Tensor) -> Tensor:
+        whole = DTensor.from_local(x_BLD, mesh, [Replicate()], run_check=False)
+        return whole.redistribute(placements=[Shard(_TOKENS_DIM)]).to_local()
+
+    def join(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_BLD = arguments[0]
+        if not isinstance(x_BLD, DTensor):
+            x_BLD = DTensor.from_local(x_BLD, mesh, [Shard(_TOKENS_DIM)], run_check=False)
+        return (x_BLD.redistribute(placements=[Replicate()]).to_local(), *arguments[1:])
+
+    if isinstance(stream, Decoder):
+        stream.blocks[0].register_forward_pre_hook(
+            lambda _, arguments: (cut(arguments[0]), *arguments[1:])
+        )
+        stream.norm.register_forward_pre_hook(join)
+        for mixture in _mixtures(stream):
+            mixture.register_forward_pre_hook(join)
+            mixture.register_forward_hook(lambda _, arguments, y_BLD: cut(y_BLD))
+    elif isinstance(stream, Transformer) and len(stream.blocks) > 1:
+        stream.blocks[-1].register_forward_pre_hook(join)
+        _pad(stream, cut, mesh.size())
+
+
+def _pad(stack: Transformer, cut: Callable[[Tensor], Tensor], degree: int) -> None:
+    """Have as many tokens go through `stack` as shares need, and only the own ones come out."""
     whole_forward = stack.forward
 
     def forward(
@@ -99,26 +140,15 @@ def _lay_by_tokens(stack: nn.Module, mesh: DeviceMesh) -> None:
         pool_mask: Tensor | None = None,
     ) -> Tensor:
         length = x_BLD.shape[_TOKENS_DIM]
-        missing = -length % mesh.size()
+        missing = -length % degree
         if missing:
             x_BLD = F.pad(x_BLD, (0, 0, 0, missing))
             pool_mask = _hide(pool_mask, length, missing, x_BLD.device)
             if mask is not None or not stack.shape.causal:
                 mask = _hide(mask, length, missing, x_BLD.device)
-        if len(stack.blocks) > 1:
-            whole = DTensor.from_local(x_BLD, mesh, [Replicate()], run_check=False)
-            x_BLD = whole.redistribute(placements=[Shard(_TOKENS_DIM)]).to_local()
-        return whole_forward(x_BLD, mask, pool_token, pool_mask)[:, :length]
-
-    def join(block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        share = DTensor.from_local(arguments[0], mesh, [Shard(_TOKENS_DIM)], run_check=False)
-        return (share.redistribute(placements=[Replicate()]).to_local(), *arguments[1:])
+        return whole_forward(cut(x_BLD), mask, pool_token, pool_mask)[:, :length]
 
     stack.forward = forward  # type: ignore[method-assign]
-    if len(stack.blocks) > 1:
-        last = stack.blocks[-1]
-        assert isinstance(last, Block)
-        last.register_forward_pre_hook(join)
 
 
 def _hide(mask: Tensor | None, length: int, missing: int, device: torch.device) -> Tensor:

@@ -20,14 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class PackedRows(NamedTuple):
-    """What a decoder and its loss take: whole rows, or a process's share of them."""
-
-    tokens: Tensor  # (B, L)
-    positions: Tensor  # (B, L)
-    offsets: Tensor  # (B, S)
-    labels: Tensor  # (B, L)
+from carillon.engine.data.packed_rows import PackedRows
 
 
 class Zigzag(NamedTuple):

@@ -23,8 +23,9 @@ import torch.distributed as dist
 
 from carillon.engine.parallel.mesh import degrees_of, lay_out
 from carillon.engine.parallel.parity import TOLERANCE_FP32, gradient_errors
-from carillon.engine.train.parity.columns import COLUMNS, Step, Variant
+from carillon.engine.train.parity.columns import COLUMNS
 from carillon.engine.train.parity.rows import ROWS, Row
+from carillon.engine.train.parity.step import Step, Variant
 
 Result = dict[str, Any]
 ERRORS = ("loss", "gradient", "norm")
@@ -49,15 +50,14 @@ def run_cases(size: int) -> list[Result]:
     for row in ROWS:
         if row.size != size:
             continue
-        for column in (name for name in COLUMNS if name in row.columns):
+        for column, variant in row.cases:
             if column not in references:
                 references[column] = COLUMNS[column](None, None, Variant())
-            for variant in row.variants:
-                layout = row.layout(variant)
-                torch.compiler.reset()  # else what many cases compiled would pass its limit
-                world = lay_out(degrees_of(layout, size), device)
-                found = COLUMNS[column](layout, world, variant)
-                results.append(_result(row, column, variant, found, references[column]))
+            layout = row.layout(variant)
+            torch.compiler.reset()  # else what many cases compiled would pass its limit
+            world = lay_out(degrees_of(layout, size), device)
+            found = COLUMNS[column](layout, world, variant)
+            results.append(_result(row, column, variant, found, references[column]))
     return results
 
 
@@ -91,7 +91,9 @@ def launch(size: int) -> list[Result]:
             [*command, "--results", str(out)], capture_output=True, text=True, timeout=_TIMEOUT_S
         )
         if done.returncode:
-            raise RuntimeError(f"{size} processes failed:\n{done.stderr[-6000:]}")
+            told = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
+            text = "\n".join(told or done.stderr.splitlines())
+            raise RuntimeError(f"{size} processes failed:\n{text[-6000:]}")
         results: list[Result] = json.loads(out.read_text())
         return results
 

@@ -33,6 +33,16 @@ MIXED = DecoderConfig(
             DistributedConfig(tp=8),
             ["does not divide model.mlp_width (36)", "does not divide model.moe.expert_width (12)"],
         ),
+        (
+            MIXED,
+            DistributedConfig(tp=2, tp_whole_tower="text"),
+            ["tp_whole_tower: text given, but a decoder has no towers"],
+        ),
+        (
+            replace(MIXED, context=18),
+            DistributedConfig(tp=2, cp=2, sequence_parallel=True),
+            ["tp 2 x cp 2 does not divide model.context (18)", "cp: 2 given"],
+        ),
         (replace(MIXED, moe=MoeConfig()), DistributedConfig(ep=2), ["the model has no experts"]),
         (
             replace(MIXED, moe=replace(MIXED.moe, capacity_factor=1.5)),

@@ -9,19 +9,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from carillon.engine.data.packed_rows import next_tokens
-from carillon.engine.losses.language import counted, language_loss
+from carillon.engine.data.packed_rows import PackedRows
+from carillon.engine.losses.language import SplitVocabulary, counted, language_loss
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.collectives import sum_over, whole
 from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of, lay_out
 from carillon.engine.parallel.parity import gradient_errors
-from carillon.engine.parallel.zigzag import PackedRows, Zigzag
+from carillon.engine.parallel.zigzag import Zigzag
 
 TOWERS = Path(__file__).parents[1] / "models" / "towers"
 decoder = runpy.run_path(str(TOWERS / "test_decoder.py"))
-CONFIGS, SMALL, SIGMOID, batch, built, step = (
-    decoder[name] for name in ("CONFIGS", "SMALL", "SIGMOID", "batch", "built", "step")
+CONFIGS, SMALL, SIGMOID, VOCABULARY, batch, built, step = (
+    decoder[name]
+    for name in ("CONFIGS", "SMALL", "SIGMOID", "VOCABULARY", "batch", "built", "step")
 )
 MODELS = {
     "dense": CONFIGS["dense"],
@@ -47,11 +48,9 @@ def layouts(size: int) -> dict[str, DistributedConfig]:
 
 def own_rows(world: World) -> tuple[PackedRows, int]:
     """This process's share of the batch, and the tokens counted in all of it."""
-    tokens, positions, offsets = batch()
-    rows = PackedRows(tokens, positions, offsets, next_tokens(tokens, offsets))
-    num_own = len(tokens) // world.degrees.data
-    first = world.data_rank * num_own
-    samples = PackedRows(*(x[first : first + num_own] for x in rows))
+    tokens, _, offsets = batch()
+    rows = PackedRows.of(tokens, offsets)
+    samples = rows.split(len(tokens) // world.degrees.data)[world.data_rank]
     context = world.axis("cp")
     assert context is not None
     zigzag = Zigzag(world.degrees.cp, context.get_local_rank())
@@ -75,7 +74,14 @@ def run_cases() -> list[dict[str, Any]]:
             model = apply_layout(built(config), asked, world)
             logits = model(share.tokens, share.positions, share.offsets)
             num = degrees.data * degrees.cp
-            loss = language_loss(logits, share.labels, num_tokens=num_tokens, num_processes=num)
+            tp = world.axis("tp")
+            loss = language_loss(
+                logits,
+                share.labels,
+                num_tokens=num_tokens,
+                num_processes=num,
+                split=None if tp is None else SplitVocabulary(tp.get_group(), VOCABULARY),
+            )
             torch.autograd.backward(loss)
             mean = float(sum_over(loss.detach(), world.loss_group)) / num
             gradients = {

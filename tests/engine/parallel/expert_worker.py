@@ -9,6 +9,7 @@ be many times the rounding of a score.
 import importlib
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,16 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from carillon.engine.data.packed_rows import next_tokens, positions
-from carillon.engine.losses.language import counted, language_loss
+from carillon.engine.data.packed_rows import PackedRows
 from carillon.engine.models.towers.decoder import Decoder, build_decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig, MoeConfig
 from carillon.engine.nn.router import Router
-from carillon.engine.parallel.apply import apply_layout, gradient_sync
+from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.collectives import gradient_norm, sum_over, whole
 from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of, lay_out
 from carillon.engine.parallel.parity import gradient_errors
 from carillon.engine.parallel.routers import finish_step
+from carillon.engine.train.language_step import language_forward_backward
 
 VOCABULARY, LENGTH = 48, 16
 OFFSETS = torch.tensor(
@@ -100,10 +101,9 @@ def model(name: str) -> Decoder:
     return made
 
 
-def batch() -> tuple[Tensor, ...]:
+def batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(0, VOCABULARY, (len(OFFSETS), LENGTH), generator=generator)
-    return tokens, positions(OFFSETS, LENGTH), OFFSETS, next_tokens(tokens, OFFSETS)
+    return torch.randint(0, VOCABULARY, (len(OFFSETS), LENGTH), generator=generator), OFFSETS
 
 
 def margins(laid_out: Decoder) -> list[float]:
@@ -119,7 +119,7 @@ def margins(laid_out: Decoder) -> list[float]:
 
     hooks = [router.register_forward_hook(look) for router in laid_out.routers()]
     with torch.no_grad():
-        laid_out(*batch()[:3])
+        laid_out(*PackedRows.of(*batch())[:3])
     for hook in hooks:
         hook.remove()
     return found
@@ -129,23 +129,13 @@ def step(
     laid_out: Decoder, num_micro: int, world: World | None
 ) -> tuple[float, dict[str, Tensor], dict[str, float], list[Tensor]]:
     """Global loss, whole gradients, what routers log and their biases after one step."""
-    mine = list(batch())
+    rows = PackedRows.of(*batch())
     group = None if world is None else world.loss_group
     num_processes = 1 if group is None else dist.get_world_size(group)
     if world is not None:
-        share = len(OFFSETS) // world.degrees.data
-        mine = [torch.split(x, share)[world.data_rank] for x in mine]
-    num_tokens = sum_over(counted(mine[3]), group)
-    laid_out.set_batch_share(1 / num_micro)
-    total = torch.zeros(())
-    parts = list(zip(*(torch.tensor_split(x, num_micro) for x in mine), strict=True))
-    for index, (*given, labels) in enumerate(parts):
-        with gradient_sync(laid_out, enabled=index == num_micro - 1):
-            loss = language_loss(
-                laid_out(*given), labels, num_tokens=num_tokens, num_processes=num_processes
-            )
-            torch.autograd.backward(loss)
-            total += loss.detach()
+        rows = rows.split(len(OFFSETS) // world.degrees.data)[world.data_rank]
+    micro = rows.split(len(rows.tokens) // num_micro)
+    total = language_forward_backward(laid_out, micro, world=world, autocast=nullcontext)
     total = sum_over(total, group) / num_processes
     gradients = {}
     for name, parameter in laid_out.named_parameters():
