@@ -65,6 +65,15 @@ class DistributedConfig:
     zero_stage: Literal[0, 1, 2, 3] = setting(
         0, "0 replicates; 1 and 2 shard the state; 3 frees gathered weights too.", hashed=False
     )
+    fsdp_gather: Literal["fp32", "bf16"] = setting(
+        "fp32", "What the blocks' weights are gathered in; they are kept in fp32."
+    )
+    fsdp_reduce: Literal["fp32", "bf16"] = setting(
+        "fp32", "What the blocks' gradients are summed over the data processes in."
+    )
+    fsdp_offload: bool = setting(
+        False, "Keep shards of weights, gradients and moments in host memory.", hashed=False
+    )
     dp_replicate: int | None = setting(
         None, "Replicas; none: all processes when zero_stage is 0, else 1.", min=1, hashed=False
     )
@@ -160,6 +169,11 @@ class DistributedConfig:
         elif self.async_tp and not torch.cuda.is_available():
             yield "async_tp: needs CUDA devices and there is none; drop it"
         yield from self._check_fp8()
+        if self.precision == "fp32":
+            for name in changed(self, "fsdp_gather", "fsdp_reduce"):
+                yield f"{name}: {getattr(self, name)} given, but precision is fp32; drop it"
+        if self.fsdp_offload and not torch.cuda.is_available():
+            yield "fsdp_offload: it frees a GPU's memory and there is no GPU; drop it"
         if self.deterministic:
             yield from nondeterministic(self)
         if self.backend == "nccl" and not torch.cuda.is_available():
