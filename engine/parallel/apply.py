@@ -18,32 +18,44 @@ from carillon.engine.models.plans import DUAL_ENCODER
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8 import to_fp8
 from carillon.engine.parallel.mesh import DistributedConfig, World
+from carillon.engine.parallel.pipelined_dual_encoder import PipelinedDualEncoder
 from carillon.engine.parallel.tensor import split_tensors
 
 
-def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) -> DualEncoder:
-    """Lay `model` out over the world, in place; returns it."""
-    model.to(world.device)
+LaidOut = DualEncoder | PipelinedDualEncoder
+
+
+def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) -> LaidOut:
+    """Lay `model` out over the world and return it: itself, or this process's stages of it."""
+    laid_out: LaidOut = model
+    if world.mesh is not None and world.degrees.pp > 1:
+        group = world.mesh["pp"].get_group()
+        laid_out = PipelinedDualEncoder(model, config, group, world.device)
+    laid_out.to(world.device)
+    roots = list(laid_out.parts) if isinstance(laid_out, PipelinedDualEncoder) else [laid_out]
     if world.mesh is not None and world.degrees.tp > 1:
-        split_tensors(model, DUAL_ENCODER, world.mesh["tp"])
+        for root in roots:
+            split_tensors(root, DUAL_ENCODER, world.mesh["tp"])
     if config.precision == "fp8":
-        to_fp8(model.blocks(), config.fp8_recipe)
-    model.set_recompute(config.grad_checkpointing)
+        to_fp8(laid_out.blocks(), config.fp8_recipe)
+    laid_out.set_recompute(config.grad_checkpointing)
     if config.compile:
         # Split blocks are compiled per length: with symbolic sizes DTensor recurses without end.
         dynamic = world.degrees.tp == 1
-        for block in model.blocks():
+        for block in laid_out.blocks():
             block.compile(dynamic=dynamic)
     if world.mesh is not None:
         mesh = world.mesh["dp_replicate", "dp_shard"]
-        reshard = config.zero_stage == 3
-        for block in _units(model, world):
+        # A pipeline's schedule gathers and frees the weights of its stages itself.
+        reshard = config.zero_stage == 3 and world.degrees.pp == 1
+        for block in _units(laid_out, world):
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-        fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
-    return model
+        for root in roots:
+            fully_shard(root, mesh=mesh, reshard_after_forward=reshard)
+    return laid_out
 
 
-def _units(model: DualEncoder, world: World) -> Iterator[nn.Module]:
+def _units(model: LaidOut, world: World) -> Iterator[nn.Module]:
     """Parts that communicate on their own: the blocks, so that they overlap with compute.
 
     Replicas on CPUs have nothing to overlap with and nothing to free: one exchange of all gradients

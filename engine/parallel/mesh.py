@@ -1,7 +1,7 @@
 """Mesh axes and degrees: pp, dp_replicate, dp_shard, cp, tp, checked before any device is touched.
 
-Data and tensor parallelism run today; pp and cp are laid out and refused above 1 until their
-mechanisms join. `zero_stage` in the PRD's terms maps onto FSDP2: 0 replicates, 1 and 2 shard
+Data, tensor and pipeline parallelism run today; cp is laid out and refused above 1 until its
+mechanism joins. `zero_stage` in the PRD's terms maps onto FSDP2: 0 replicates, 1 and 2 shard
 parameters but keep them gathered between forward and backward, 3 frees them again. The mesh is
 passed in, never global.
 Status: runs on CPU with gloo; CUDA with NCCL has not run on a GPU yet.
@@ -41,7 +41,22 @@ class DistributedConfig:
     dp_shard: int | None = setting(
         None, "Processes that shard one replica; none: what is left.", min=1, hashed=False
     )
-    pp: int = setting(1, "Pipeline stages.", min=1, hashed=False)
+    pp: int = setting(1, "Pipeline-parallel processes.", min=1, hashed=False)
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved1f1b", "interleaved_zero_bubble", "zbv"] = (
+        setting("1f1b", "Order of a pipeline's forward and backward passes.", hashed=False)
+    )
+    pp_stages_per_rank: int = setting(
+        2,
+        "Stages on each process of an interleaved schedule; zbv has 2, gpipe and 1f1b 1.",
+        min=1,
+        max=64,
+        hashed=False,
+    )
+    pp_split: dict[str, tuple[int, ...]] = setting(
+        {},
+        "Blocks of each stage, by tower; a tower left out is balanced by FLOPs.",
+        hashed=False,
+    )
     cp: int = setting(1, "Context-parallel processes.", min=1, hashed=False)
     tp: int = setting(1, "Tensor-parallel processes.", min=1, hashed=False)
     grad_checkpointing: bool = setting(
@@ -64,12 +79,12 @@ class DistributedConfig:
     )
 
     def check(self) -> Iterator[str]:
-        for axis in ("pp", "cp"):
-            if getattr(self, axis) > 1:
-                yield (
-                    f"{axis}: {getattr(self, axis)} given; this axis comes with the parallel "
-                    f"layouts (after data parallel and FSDP). Set distributed.{axis}=1"
-                )
+        if self.cp > 1:
+            yield (
+                f"cp: {self.cp} given; this axis comes with the parallel layouts (after data "
+                "parallel and FSDP). Set distributed.cp=1"
+            )
+        yield from self._check_pipeline()
         if self.zero_stage == 0 and (self.dp_shard or 1) > 1:
             yield (
                 f"dp_shard: {self.dp_shard} given, but zero_stage=0 shards nothing; set "
@@ -86,6 +101,25 @@ class DistributedConfig:
             yield "backend: nccl needs a CUDA device and there is none; use auto or gloo"
         if self.device == "cuda" and not torch.cuda.is_available():
             yield "device: cuda asked for and there is none; use auto or cpu"
+
+
+    def _check_pipeline(self) -> Iterator[str]:
+        unused = changed(self, "pp_schedule", "pp_stages_per_rank")
+        unused += ["pp_split"] if self.pp_split else []
+        if self.pp == 1 and unused:
+            yield f"{unused[0]}: given, but pp=1 has no pipeline; raise pp, or drop it"
+        interleaved = self.pp_schedule.startswith("interleaved")
+        if self.pp > 1 and changed(self, "pp_stages_per_rank") and not interleaved:
+            yield (
+                f"pp_stages_per_rank: {self.pp_stages_per_rank} given, but pp_schedule is "
+                f"{self.pp_schedule}; use an interleaved one, or drop it"
+            )
+        if self.compile and self.pp > 1 and self.pp_schedule in ("interleaved_zero_bubble", "zbv"):
+            yield (
+                f"compile: true does not go with pp_schedule={self.pp_schedule}, which takes "
+                "gradients of inputs and weights apart; use 1f1b or interleaved1f1b, or compile "
+                "false"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
