@@ -1,4 +1,4 @@
-"""Tensor-parallel plans of the towers, and the sizes that a degree must divide.
+"""Tensor-parallel plans of the towers, and the sizes that decide which degrees fit.
 
 The plan is Megatron's: in each block one sum after attention and one after the MLP. Source: Shoeybi
 et al. 2019 (Megatron-LM), section 3. Rows of `qkv` are head-major, so a share is whole heads.
@@ -42,3 +42,11 @@ def split_sizes(config: DualEncoderConfig) -> Iterator[tuple[str, int]]:
     for tower, sizes in (("vision", vision), ("text", text)):
         yield f"model.{tower}'s num_heads", sizes.num_heads
         yield f"model.{tower}'s mlp_width", sizes.mlp_width
+
+
+def depths(config: DualEncoderConfig) -> dict[str, int]:
+    """Blocks of each tower, which pipeline stages share out."""
+    return {
+        "vision": vision_config(config.vision_backbone, config.vision).depth,
+        "text": text_config(config.text_backbone, config.text).depth,
+    }

@@ -1,7 +1,7 @@
 """The only order in which a model is laid out: PP split -> TP/SP -> EP -> CP -> recompute ->
 compile -> FSDP.
 
-Data parallelism is FSDP2 on the (dp_replicate, dp_shard) mesh in every case: plain replication is
+Data parallelism is FSDP2 on the (dp_replicate, fsdp) mesh in every case: plain replication is
 its corner with one shard, so there is one mechanism and one gradient reduction. Each must see what
 the one before it made. The axes that are missing join here, each as one call.
 """
@@ -28,14 +28,14 @@ LaidOut = DualEncoder | PipelinedDualEncoder
 def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) -> LaidOut:
     """Lay `model` out over the world and return it: itself, or this process's stages of it."""
     laid_out: LaidOut = model
-    if world.mesh is not None and world.degrees.pp > 1:
-        group = world.mesh["pp"].get_group()
-        laid_out = PipelinedDualEncoder(model, config, group, world.device)
+    pp, tp = world.axis("pp"), world.axis("tp")
+    if pp is not None:
+        laid_out = PipelinedDualEncoder(model, config, pp.get_group(), world.device)
     laid_out.to(world.device)
     roots = list(laid_out.parts) if isinstance(laid_out, PipelinedDualEncoder) else [laid_out]
-    if world.mesh is not None and world.degrees.tp > 1:
+    if tp is not None:
         for root in roots:
-            split_tensors(root, DUAL_ENCODER, world.mesh["tp"])
+            split_tensors(root, DUAL_ENCODER, tp)
     if config.precision == "fp8":
         to_fp8(laid_out.blocks(), config.fp8_recipe)
     laid_out.set_recompute(config.grad_checkpointing)
@@ -44,10 +44,10 @@ def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) ->
         dynamic = world.degrees.tp == 1
         for block in laid_out.blocks():
             block.compile(dynamic=dynamic)
-    if world.mesh is not None:
-        mesh = world.mesh["dp_replicate", "dp_shard"]
+    mesh = world.fsdp_mesh
+    if mesh is not None:
         # A pipeline's schedule gathers and frees the weights of its stages itself.
-        reshard = config.zero_stage == 3 and world.degrees.pp == 1
+        reshard = config.zero_stage == 3 and pp is None
         for block in _units(laid_out, world):
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
         for root in roots:

@@ -1,9 +1,11 @@
 """Mesh axes and degrees: pp, dp_replicate, dp_shard, cp, tp, checked before any device is touched.
 
-Data, tensor and pipeline parallelism run today; cp is laid out and refused above 1 until its
-mechanism joins. `zero_stage` in the PRD's terms maps onto FSDP2: 0 replicates, 1 and 2 shard
-parameters but keep them gathered between forward and backward, 3 frees them again. The mesh is
-passed in, never global.
+Experts have no axis of their own: their ep processes are neighbours in dp_shard x cp, which for
+other weights shard one replica. So there are up to three views of the same processes, in the same
+order (`Meshes`). Data, tensor and pipeline parallelism run today; cp and ep are laid out and
+refused above 1 until their mechanisms join. `zero_stage` in the PRD's terms maps onto FSDP2: 0
+replicates, 1 and 2 shard parameters but keep them gathered between forward and backward, 3 frees
+them again. The meshes are passed in, never global.
 Status: runs on CPU with gloo; CUDA with NCCL has not run on a GPU yet.
 """
 
@@ -13,7 +15,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from carillon.engine.config import UserError, changed, setting
 
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+SAMPLE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+DENSE_AXES = ("pp", "dp_replicate", "fsdp", "tp")
+EXPERT_AXES = ("pp", "dp_replicate", "expert_fsdp", "ep", "tp")
+Axis = Literal["pp", "cp", "ep", "tp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,9 @@ class DistributedConfig:
     )
     cp: int = setting(1, "Context-parallel processes.", min=1, hashed=False)
     tp: int = setting(1, "Tensor-parallel processes.", min=1, hashed=False)
+    ep: int = setting(
+        1, "Processes that split the experts; divides dp_shard x cp.", min=1, hashed=False
+    )
     grad_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass.", hashed=False
     )
@@ -79,11 +87,12 @@ class DistributedConfig:
     )
 
     def check(self) -> Iterator[str]:
-        if self.cp > 1:
-            yield (
-                f"cp: {self.cp} given; this axis comes with the parallel layouts (after data "
-                "parallel and FSDP). Set distributed.cp=1"
-            )
+        for axis in ("cp", "ep"):
+            if getattr(self, axis) > 1:
+                yield (
+                    f"{axis}: {getattr(self, axis)} given; this axis comes with the parallel "
+                    f"layouts (after data parallel and FSDP). Set distributed.{axis}=1"
+                )
         yield from self._check_pipeline()
         if self.zero_stage == 0 and (self.dp_shard or 1) > 1:
             yield (
@@ -101,7 +110,6 @@ class DistributedConfig:
             yield "backend: nccl needs a CUDA device and there is none; use auto or gloo"
         if self.device == "cuda" and not torch.cuda.is_available():
             yield "device: cuda asked for and there is none; use auto or cpu"
-
 
     def _check_pipeline(self) -> Iterator[str]:
         unused = changed(self, "pp_schedule", "pp_stages_per_rank")
@@ -124,13 +132,14 @@ class DistributedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Degrees:
-    """Processes along each axis; their product is the world size."""
+    """Processes along each axis; their product is the world size (ep is a part of it already)."""
 
     pp: int
     dp_replicate: int
     dp_shard: int
     cp: int
     tp: int
+    ep: int = 1
 
     @property
     def data(self) -> int:
@@ -156,65 +165,131 @@ def degrees_of(config: DistributedConfig, world_size: int) -> Degrees:
             f"distributed: dp_replicate={config.dp_replicate} x dp_shard={config.dp_shard} does "
             f"not make {data} data-parallel processes; leave one out, or use divisors of {data}"
         )
+    split = (shard or 1) * config.cp
+    if split % config.ep:
+        fits = ", ".join(str(n) for n in range(1, split + 1) if split % n == 0)
+        raise UserError(
+            f"distributed.ep: {config.ep} does not divide dp_shard x cp = {split}; use one of "
+            f"{fits}, or shard over more processes (zero_stage 1, 2 or 3)"
+        )
     return Degrees(
-        pp=config.pp, dp_replicate=replicate, dp_shard=shard or 1, cp=config.cp, tp=config.tp
+        pp=config.pp,
+        dp_replicate=replicate,
+        dp_shard=shard or 1,
+        cp=config.cp,
+        tp=config.tp,
+        ep=config.ep,
     )
+
+
+class Meshes(NamedTuple):
+    """The same processes in the same order, by what is split over them."""
+
+    dense: DeviceMesh  # by DENSE_AXES; fsdp is dp_shard x cp
+    experts: DeviceMesh | None  # by EXPERT_AXES, where ep > 1; expert_fsdp x ep is dp_shard x cp
+    samples: DeviceMesh | None  # by SAMPLE_AXES, where cp > 1
+    data: DeviceMesh  # dp_replicate x dp_shard, in one dim
+    loss: DeviceMesh  # dp_replicate x dp_shard x cp, in one dim
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process's place: its device, the mesh (none in one process) and the data group."""
+    """This process's place: its device and the meshes (none in one process)."""
 
     rank: int
     size: int
     device: torch.device
     degrees: Degrees
-    mesh: DeviceMesh | None
-    data_mesh: DeviceMesh | None
+    meshes: Meshes | None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     @property
-    def data_group(self) -> dist.ProcessGroup | None:
-        """Processes whose samples make one global batch; none in one process."""
-        return self.data_mesh.get_group() if self.data_mesh is not None else None
-
-    @property
     def group(self) -> dist.ProcessGroup | None:
         """All processes; none in one process."""
-        return dist.group.WORLD if self.mesh is not None else None
+        return dist.group.WORLD if self.meshes is not None else None
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """Processes whose samples make one global batch; none in one process."""
+        return self.meshes.data.get_group() if self.meshes is not None else None
 
     @property
     def data_rank(self) -> int:
-        return int(self.data_mesh.get_local_rank()) if self.data_mesh is not None else 0
+        return int(self.meshes.data.get_local_rank()) if self.meshes is not None else 0
+
+    @property
+    def loss_group(self) -> dist.ProcessGroup | None:
+        """Processes whose losses have the global batch's as their mean; none in one process."""
+        return self.meshes.loss.get_group() if self.meshes is not None else None
+
+    @property
+    def fsdp_mesh(self) -> DeviceMesh | None:
+        """Replicas by shards of all weights but the experts'."""
+        return self.meshes.dense["dp_replicate", "fsdp"] if self.meshes is not None else None
+
+    @property
+    def expert_mesh(self) -> DeviceMesh | None:
+        """Replicas by shards of the experts' weights, beside ep."""
+        if self.meshes is None or self.meshes.experts is None:
+            return self.fsdp_mesh
+        return self.meshes.experts["dp_replicate", "expert_fsdp"]
+
+    def axis(self, name: Axis) -> DeviceMesh | None:
+        """The processes along one axis; none when this one stands alone on it.
+
+        tp is that of the dense mesh; for experts' weights take `meshes.experts["tp"]`.
+        """
+        if self.meshes is None or getattr(self.degrees, name) == 1:
+            return None
+        meshes = {"cp": self.meshes.samples, "ep": self.meshes.experts}
+        mesh = meshes.get(name, self.meshes.dense)
+        assert mesh is not None  # it is there where the degree is above 1
+        return mesh[name]
 
 
 def start_world(config: DistributedConfig) -> World:
     """Join the process group that torchrun describes, or stand alone without one."""
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    degrees = degrees_of(config, size)
+    degrees = degrees_of(config, int(os.environ.get("WORLD_SIZE", "1")))
     kind = config.device if config.device != "auto" else _best_device()
     device = torch.device(kind)
     if kind == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
-        return World(rank=0, size=1, device=device, degrees=degrees, mesh=None, data_mesh=None)
+        return World(rank=0, size=1, device=device, degrees=degrees, meshes=None)
     backend = config.backend if config.backend != "auto" else "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
-    mesh, data_mesh = make_mesh(kind, degrees)
-    return World(
-        rank=rank, size=size, device=device, degrees=degrees, mesh=mesh, data_mesh=data_mesh
+    return lay_out(degrees, device)
+
+
+def lay_out(degrees: Degrees, device: torch.device) -> World:
+    """The world of a process group that has started, whose size is the product of `degrees`."""
+
+    def mesh(names: tuple[str, ...], **sizes: int) -> DeviceMesh:
+        shape = tuple(sizes.get(name) or getattr(degrees, name) for name in names)
+        return init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+    split = degrees.dp_shard * degrees.cp
+    dense = mesh(DENSE_AXES, fsdp=split)
+    loss = dense["dp_replicate", "fsdp"]._flatten("loss")
+    samples = mesh(SAMPLE_AXES) if degrees.cp > 1 else None
+    meshes = Meshes(
+        dense=dense,
+        experts=mesh(EXPERT_AXES, expert_fsdp=split // degrees.ep) if degrees.ep > 1 else None,
+        samples=samples,
+        data=loss if samples is None else samples["dp_replicate", "dp_shard"]._flatten("data"),
+        loss=loss,
     )
-
-
-def make_mesh(device_type: str, degrees: Degrees) -> tuple[DeviceMesh, DeviceMesh]:
-    """The mesh over all axes, and its data axes flattened into one."""
-    shape = tuple(getattr(degrees, axis) for axis in AXES)
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
-    return mesh, mesh["dp_replicate", "dp_shard"]._flatten("dp")
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=device,
+        degrees=degrees,
+        meshes=meshes,
+    )
 
 
 def _best_device() -> str:

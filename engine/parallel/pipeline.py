@@ -111,11 +111,15 @@ class Pipeline:
             for i in range(num_microbatches):
                 if index not in (0, size):  # the two stages at the V's tip are one process's
                     values[i] = torch.empty(shapes.between, device=self.device)
-                    dist.recv(values[i], src=dist.get_global_rank(self.group, came), group=self.group)
+                    dist.recv(
+                        values[i], src=dist.get_global_rank(self.group, came), group=self.group
+                    )
                 values[i] = module(values[i], **named[i])
                 if index not in (size - 1, 2 * size - 1):
                     destination = dist.get_global_rank(self.group, goes)
-                    sent.append((dist.isend(values[i], dst=destination, group=self.group), values[i]))
+                    sent.append(
+                        (dist.isend(values[i], dst=destination, group=self.group), values[i])
+                    )
         for work, _ in sent:
             if work is not None:
                 work.wait()

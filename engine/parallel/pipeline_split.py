@@ -88,9 +88,7 @@ def split_problems(config: DistributedConfig, depths: dict[str, int]) -> Iterato
                 f"{depth} block{'s' if depth > 1 else ''}; {fits} fits"
                 + (f" (or pp_schedule=1f1b: at most pp={depth})" if is_looped(config) else "")
             )
-        elif given is not None and (
-            len(given) != stages or sum(given) != depth or min(given) < 1
-        ):
+        elif given is not None and (len(given) != stages or sum(given) != depth or min(given) < 1):
             example = list(balanced_split([0, *[1] * depth, 0], stages))
             yield (
                 f"distributed.pp_split.{tower}: {list(given)} given; it takes {stages} numbers of "
@@ -98,9 +96,8 @@ def split_problems(config: DistributedConfig, depths: dict[str, int]) -> Iterato
             )
     unknown = sorted(set(config.pp_split) - set(depths))
     if unknown:
-        yield (
-            f"distributed.pp_split.{unknown[0]}: no such tower; allowed: {', '.join(sorted(depths))}"
-        )
+        allowed = ", ".join(sorted(depths))
+        yield f"distributed.pp_split.{unknown[0]}: no such tower; allowed: {allowed}"
 
 
 def allows(config: DistributedConfig, num_microbatches: int) -> bool:

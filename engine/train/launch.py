@@ -26,6 +26,7 @@ from carillon.engine.log import Sink, configure_logging, logger, open_sinks
 from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.mesh import World, degrees_of, start_world
+from carillon.engine.parallel.pipeline_split import microbatch_problem
 from carillon.engine.parallel.watchdog import Watchdog
 from carillon.engine.registry.recorder import RunRecorder
 from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints
@@ -98,6 +99,9 @@ def check_layout(config: RunConfig, world_size: int) -> None:
             f"data.batch_size: {batch} pairs do not divide over {data} data-parallel processes; "
             f"use {near} processes, or another batch size"
         )
+    problem = microbatch_problem(config.distributed, config.data.micro_batch_size, batch // data)
+    if problem is not None:
+        raise UserError(problem)
 
 
 def on_main(world: World, work: Callable[[], T], *, share: bool = True) -> T | None:
@@ -105,7 +109,7 @@ def on_main(world: World, work: Callable[[], T], *, share: bool = True) -> T | N
 
     Returns the result on every rank when it is shared, else on the main rank (None elsewhere).
     """
-    if world.mesh is None:
+    if world.meshes is None:
         return work()
     result: T | None = None
     failure: Exception | None = None

@@ -41,13 +41,14 @@ from carillon.engine.eval.suite import EvaluationConfig
 from carillon.engine.log import LoggingConfig
 from carillon.engine.losses.contrastive import LossConfig
 from carillon.engine.models.catalog import text_config
-from carillon.engine.models.plans import split_sizes
+from carillon.engine.models.plans import depths, split_sizes
 from carillon.engine.models.towers.dual_encoder import (
     DualEncoder,
     DualEncoderConfig,
     build_dual_encoder,
 )
 from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.parallel.pipeline_split import split_problems
 from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints, write_durably
 from carillon.engine.train.checkpoint_reader import read_tensors
 from carillon.engine.train.optim import OptimizationConfig
@@ -120,6 +121,7 @@ class RunConfig:
             if size % tp:
                 fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
                 yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"
+        yield from split_problems(self.distributed, depths(self.model))
         asked = self.data.augment.text.max_len
         if asked is not None and asked > context:
             yield (

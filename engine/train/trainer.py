@@ -27,9 +27,12 @@ from carillon.engine.data.loader import Batch, TrainingLoader
 from carillon.engine.data.order import stable_hash
 from carillon.engine.log import Progress, Sink, cut_jsonl, logger
 from carillon.engine.losses.contrastive import ContrastiveObjective
-from carillon.engine.models.towers.dual_encoder import DualEncoder
+from carillon.engine.parallel.apply import LaidOut
 from carillon.engine.parallel.collectives import by_mesh, gradient_norm, sum_over, whole
 from carillon.engine.parallel.mesh import World
+from carillon.engine.parallel.pipeline import gather_named
+from carillon.engine.parallel.pipeline_split import microbatch_size
+from carillon.engine.parallel.pipelined_dual_encoder import PipelinedDualEncoder
 from carillon.engine.train.checkpoint import Checkpoint, CheckpointStore
 from carillon.engine.train.checkpoint_reader import read_tensors
 from carillon.engine.train.guard import StepGuard, TrainingStopped
@@ -53,7 +56,7 @@ class Trainer:
         config: RunConfig,
         world: World,
         *,
-        model: DualEncoder,
+        model: LaidOut,
         loader: TrainingLoader,
         path: Path,
         evaluator: Evaluator,
@@ -92,10 +95,12 @@ class Trainer:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Take everything from a verified checkpoint, whatever layout wrote it."""
-        read_tensors(checkpoint, self._tensors(), partial=False)
+        tensors = self._tensors()
+        read_tensors(checkpoint, tensors, partial=False, shapes=self._shapes_of_all(tensors))
         state = checkpoint.state
         self.step = int(state["step"])
-        counts = {} if self.world.is_main else dict.fromkeys(self.loader.counts(), 0)
+        first = self.world.data_rank == 0  # on every process with its samples: copies are averaged
+        counts = {} if first else dict.fromkeys(self.loader.counts(), 0)
         self.loader.load_state_dict(state["loader"] | counts)
         self.guard.load_state_dict(state["guard"])
         self.best = {int(step): float(metric) for step, metric in state["best"].items()}
@@ -199,7 +204,9 @@ class Trainer:
         self._report_batch(batch)
         torch.manual_seed(stable_hash(self.config.experiment.seed, "step", self.step))
         local = batch.to(self.world.device)
-        size = self.config.data.micro_batch_size or len(batch.keys)
+        size = microbatch_size(
+            self.config.distributed, self.config.data.micro_batch_size, len(batch.keys)
+        )
         loss = forward_backward(
             self.model,
             self.objective,
@@ -232,7 +239,10 @@ class Trainer:
 
     def _clip(self) -> float:
         limit = self.config.optimization.clip_norm or math.inf
-        norm = gradient_norm(self.model.parameters())
+        if isinstance(self.model, PipelinedDualEncoder):
+            norm = gradient_norm(self.model.counted_parameters(), self._pipeline)
+        else:
+            norm = gradient_norm(self.model.parameters())
         for parameters in by_mesh(self.model.parameters()):
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return float(norm)
@@ -304,7 +314,23 @@ class Trainer:
         source: Mapping[str, Tensor] = dict(self.model.named_parameters())
         if self.average is not None:
             source = self.average.tensors
-        return {name: whole(value.detach()) for name, value in source.items()}
+        weights = {name: whole(value.detach()) for name, value in source.items()}
+        return gather_named(weights, self._pipeline)
+
+    @property
+    def _pipeline(self) -> dist.ProcessGroup | None:
+        """Processes that hold other stages; none without a pipeline."""
+        mesh = self.world.axis("pp")
+        return mesh.get_group() if mesh is not None else None
+
+    def _shapes_of_all(self, tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        """Of the tensors of all stages: each process judges the checkpoint by the same."""
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if self._pipeline is None:
+            return shapes
+        parts: list[Any] = [None] * dist.get_world_size(self._pipeline)
+        dist.all_gather_object(parts, shapes, group=self._pipeline)
+        return {name: shape for part in parts for name, shape in part.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}

@@ -20,7 +20,7 @@ from carillon.engine.models.towers.dual_encoder import (
     build_dual_encoder,
 )
 from carillon.engine.parallel.apply import apply_layout
-from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of, make_mesh
+from carillon.engine.parallel.mesh import DistributedConfig, degrees_of, lay_out
 from carillon.engine.parallel.parity import gradient_errors
 from carillon.engine.train.step import forward_backward
 
@@ -108,15 +108,7 @@ def main() -> None:
             if recompute and exchange == "ring":
                 continue  # the two meet nowhere
             degrees = degrees_of(config, size)
-            mesh, data_mesh = make_mesh("cpu", degrees)
-            world = World(
-                rank=rank,
-                size=size,
-                device=torch.device("cpu"),
-                degrees=degrees,
-                mesh=mesh,
-                data_mesh=data_mesh,
-            )
+            world = lay_out(degrees, torch.device("cpu"))
             config = DistributedConfig(**{**vars(config), "grad_checkpointing": recompute})
             laid_out = apply_layout(model(kind), config, world)
             share = BATCH // size

@@ -15,7 +15,7 @@ from carillon.engine.models.encoders.vision import VisionOverrides
 from carillon.engine.models.towers.dual_encoder import DualEncoderConfig
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.collectives import gradient_norm
-from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of, make_mesh
+from carillon.engine.parallel.mesh import DistributedConfig, degrees_of, lay_out
 
 parity = runpy.run_path(str(Path(__file__).with_name("parity_worker.py")))
 BATCH, batch, model, step, report = (
@@ -63,15 +63,7 @@ def main() -> None:
         for layout, distributed in layouts(size).items():
             distributed = DistributedConfig(**{**vars(distributed), "grad_checkpointing": cached})
             degrees = degrees_of(distributed, size)
-            mesh, data_mesh = make_mesh("cpu", degrees)
-            world = World(
-                rank=rank,
-                size=size,
-                device=torch.device("cpu"),
-                degrees=degrees,
-                mesh=mesh,
-                data_mesh=data_mesh,
-            )
+            world = lay_out(degrees, torch.device("cpu"))
             laid_out = apply_layout(model(kind), distributed, world)
             share = BATCH // degrees.data
             micro = 3 if cached else share
