@@ -58,14 +58,22 @@ class Block(nn.Module):
         return x_BLD
 
 
+def only(blocks: nn.ModuleList, wanted: range) -> nn.ModuleList:
+    """Those blocks, under the names that they have among all."""
+    kept = nn.ModuleList()
+    for index, block in enumerate(blocks):
+        kept.add_module(str(index), block if index in wanted else None)
+    return kept
+
+
 class Transformer(nn.Module):
     """`depth` blocks in a row: (B, L, D) -> (B, L, D).
 
     Where one token is pooled, nothing of the last block but its keys and values is needed of the
     others. `pool_token` (an index (B,), or one for all) skips that work: (B, L, D) -> (B, 1, D),
     the same values and gradients for 3/4 of the last block less. In a causal stack it needs
-    `pool_mask`, which hides what follows the token. Of a stack that was cut into stages (`keep`),
-    only the blocks that are left run, under their old names.
+    `pool_mask`, which hides what follows the token. Of a stack that was cut into pieces
+    (`only`), the blocks that are left run.
     """
 
     def __init__(self, shape: BlockShape, depth: int) -> None:
@@ -111,12 +119,6 @@ class Transformer(nn.Module):
             else:
                 x_BLD = block(*arguments)
         return x_BLD
-
-    def keep(self, wanted: range) -> None:
-        """Drop all blocks but those; the names of the others stay theirs."""
-        for index in range(len(self.blocks)):
-            if index not in wanted:
-                setattr(self.blocks, str(index), None)
 
     def costs(self, num_tokens: int, *, pooled: bool) -> list[int]:
         """Forward matmul FLOPs of each block for one sequence, attention counted in full (causal

@@ -10,52 +10,70 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import overload
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from carillon.engine.config import UserError
 from carillon.engine.models.plans import DUAL_ENCODER
+from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8 import to_fp8
 from carillon.engine.parallel.mesh import DistributedConfig, World
+from carillon.engine.parallel.pipelined_decoder import PipelinedDecoder
 from carillon.engine.parallel.pipelined_dual_encoder import PipelinedDualEncoder
 from carillon.engine.parallel.tensor import split_tensors
 
-
 LaidOut = DualEncoder | PipelinedDualEncoder
+LaidOutDecoder = Decoder | PipelinedDecoder
 
 
-def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) -> LaidOut:
+@overload
+def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) -> LaidOut: ...
+@overload
+def apply_layout(model: Decoder, config: DistributedConfig, world: World) -> LaidOutDecoder: ...
+def apply_layout(
+    model: DualEncoder | Decoder, config: DistributedConfig, world: World
+) -> LaidOut | LaidOutDecoder:
     """Lay `model` out over the world and return it: itself, or this process's stages of it."""
-    laid_out: LaidOut = model
     pp, tp = world.axis("pp"), world.axis("tp")
+    laid_out: LaidOut | LaidOutDecoder = model
     if pp is not None:
-        laid_out = PipelinedDualEncoder(model, config, pp.get_group(), world.device)
+        laid_out = (
+            PipelinedDualEncoder(model, config, pp.get_group(), world.device)
+            if isinstance(model, DualEncoder)
+            else PipelinedDecoder(model, config, pp.get_group(), world.device)
+        )
     laid_out.to(world.device)
-    roots = list(laid_out.parts) if isinstance(laid_out, PipelinedDualEncoder) else [laid_out]
+    roots = list(getattr(laid_out, "parts", [laid_out]))
     if tp is not None:
+        if isinstance(model, Decoder):
+            raise UserError("distributed.tp: a decoder has no tensor-parallel plan yet; use tp=1")
         for root in roots:
             split_tensors(root, DUAL_ENCODER, tp)
     if config.precision == "fp8":
-        to_fp8(laid_out.blocks(), config.fp8_recipe)
+        to_fp8(_blocks(laid_out), config.fp8_recipe)
     laid_out.set_recompute(config.grad_checkpointing)
     if config.compile:
         # Split blocks are compiled per length: with symbolic sizes DTensor recurses without end.
         dynamic = world.degrees.tp == 1
-        for block in laid_out.blocks():
+        for block in _blocks(laid_out):
             block.compile(dynamic=dynamic)
     mesh = world.fsdp_mesh
     if mesh is not None:
         # A pipeline's schedule gathers and frees the weights of its stages itself.
         reshard = config.zero_stage == 3 and pp is None
-        for block in _units(laid_out, world):
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-        for root in roots:
-            fully_shard(root, mesh=mesh, reshard_after_forward=reshard)
+        for unit in (*_units(laid_out, world), *roots):
+            fully_shard(unit, mesh=mesh, reshard_after_forward=reshard)
     return laid_out
 
 
-def _units(model: LaidOut, world: World) -> Iterator[nn.Module]:
+def _blocks(model: LaidOut | LaidOutDecoder) -> Iterator[nn.Module]:
+    return iter(model.blocks) if isinstance(model, Decoder) else model.blocks()
+
+
+def _units(model: LaidOut | LaidOutDecoder, world: World) -> Iterator[nn.Module]:
     """Parts that communicate on their own: the blocks, so that they overlap with compute.
 
     Replicas on CPUs have nothing to overlap with and nothing to free: one exchange of all gradients
@@ -63,7 +81,7 @@ def _units(model: LaidOut, world: World) -> Iterator[nn.Module]:
     """
     if world.device.type == "cpu" and world.degrees.dp_shard == 1:
         return iter(())
-    return model.blocks()
+    return _blocks(model)
 
 
 @contextmanager

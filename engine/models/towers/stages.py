@@ -23,6 +23,7 @@ from carillon.engine.models.encoders.text import TextTransformer
 from carillon.engine.models.encoders.vision import VisionTransformer
 from carillon.engine.models.towers.dual_encoder import DualEncoder, scale_and_bias, unit
 from carillon.engine.nn.mlp import Mlp
+from carillon.engine.nn.transformer import only
 
 M = TypeVar("M", bound=nn.Module)
 Tower = TypeVar("Tower", VisionTransformer, TextTransformer)
@@ -108,12 +109,11 @@ def pieces(
 
     `split` says how many blocks each piece has, from the first to the last.
     """
-    ranges = [range(start, stop) for start, stop in pairwise(accumulate(split, initial=0))]
     last = len(split) - 1
     if tower == "vision":
         return [
             VisionPiece(
-                _cut(model.vision, ranges[index], index == 0, index == last),
+                _cut(model.vision, ranges(split)[index], index == 0, index == last),
                 model.vision_projection if index == last else None,
                 is_first=index == 0,
             )
@@ -121,7 +121,7 @@ def pieces(
         ]
     return [
         TextPiece(
-            _cut(model.text, ranges[index], index == 0, index == last),
+            _cut(model.text, ranges(split)[index], index == 0, index == last),
             model.text_projection if index == last else None,
             is_first=index == 0,
         )
@@ -129,9 +129,14 @@ def pieces(
     ]
 
 
+def ranges(split: Sequence[int]) -> list[range]:
+    """The blocks of each piece, of how many it has."""
+    return [range(start, stop) for start, stop in pairwise(accumulate(split, initial=0))]
+
+
 def _cut(tower: Tower, blocks: range, is_first: bool, is_last: bool) -> Tower:
     piece = sharing_parameters(tower)
-    piece.transformer.keep(blocks)
+    piece.transformer.blocks = only(piece.transformer.blocks, blocks)
     dropped = (() if is_first else piece.EMBEDDING) + (() if is_last else piece.HEAD)
     for name in dropped:
         setattr(piece, name, None)

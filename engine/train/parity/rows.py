@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,14 @@ _PLAIN = Variant()
 _CACHED = Variant(cached=True, recompute=True)
 _RING = Variant(exchange="ring")
 _COMPILED = Variant(compile=True)
+_RECOMPUTE = Variant(recompute=True)
+DECODER = frozenset({"MoE decoder"})
+_SCHEDULES = {
+    "1F1B": "1f1b",
+    "interleaved": "interleaved1f1b",
+    "ZB": "interleaved_zero_bubble",
+    "ZBV": "zbv",
+}
 
 
 @dataclass(frozen=True)
@@ -25,9 +33,26 @@ class Row:
     settings: Mapping[str, Any]
     columns: frozenset[str] = DUAL
     variants: tuple[Variant, ...] = field(default=(_PLAIN, _CACHED))
+    depth: int = 2  # blocks of a model's towers: pipelines need one a stage, and two are quick
 
     def layout(self, variant: Variant) -> DistributedConfig:
         return DistributedConfig(precision="fp32", **{**variant.settings(), **self.settings})
+
+
+def _pipelines(
+    name: str,
+    size: int,
+    settings: Mapping[str, Any],
+    *,
+    schedules: tuple[str, ...] = tuple(_SCHEDULES),
+    columns: frozenset[str] = DUAL | DECODER,
+    variants: tuple[Variant, ...] = (_PLAIN,),
+) -> Iterator[Row]:
+    """Rows of one layout by each schedule."""
+    for schedule in schedules:
+        given = {**settings, "pp_schedule": _SCHEDULES[schedule]}
+        stages = given["pp"] * (1 if schedule == "1F1B" else 2)
+        yield Row(f"{name} {schedule}", size, given, columns, variants, depth=max(4, stages))
 
 
 ROWS = (
@@ -42,4 +67,25 @@ ROWS = (
     Row("TP4", 4, {"tp": 4}),
     Row("TP2xDP2", 4, {"tp": 2}),
     Row("TP2xFSDP2", 4, {"tp": 2, "zero_stage": 3}),
+    *_pipelines("PP2", 2, {"pp": 2}, variants=(_PLAIN, _RECOMPUTE)),
+    Row("PP2 GPipe", 2, {"pp": 2, "pp_schedule": "gpipe"}, variants=(_PLAIN,)),
+    Row(
+        "PP2 1F1B, split by hand",
+        2,
+        {"pp": 2, "pp_split": {"vision": (1, 3), "text": (3, 1)}},
+        frozenset({"dual encoder, softmax"}),
+        variants=(_COMPILED,),
+        depth=4,
+    ),
+    *_pipelines("PP4", 4, {"pp": 4}, variants=(_RECOMPUTE,)),
+    *_pipelines("PP2xTP2", 4, {"pp": 2, "tp": 2}, columns=DUAL),
+    *_pipelines("PP2xFSDP2", 4, {"pp": 2, "zero_stage": 3}, variants=(_RECOMPUTE,)),
+    *_pipelines(
+        "PP2xTP2xFSDP2",
+        8,
+        {"pp": 2, "tp": 2, "zero_stage": 3},
+        schedules=("1F1B", "interleaved", "ZBV"),
+        columns=DUAL,
+        variants=(_RECOMPUTE,),
+    ),
 )
