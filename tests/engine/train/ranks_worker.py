@@ -53,7 +53,7 @@ def fork_rank(case: dict[str, Any], rank: int, port: int, stderr: Path) -> int:
         os._exit(code)  # the parent's own clean-up is not the child's
 
 
-def fail(*_: Any) -> Any:
+def fail(*given: Any, **named: Any) -> Any:
     raise RuntimeError("a stage fails for a test")
 
 
