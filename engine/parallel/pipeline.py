@@ -86,8 +86,9 @@ class Pipeline:
         with torch.no_grad():
             if self._config.pp_schedule == "zbv":
                 return self._forward_in_v(batch, extras, shapes, num_microbatches)
-            schedule = self._schedule(shapes, num_microbatches, backward=False)
+            schedule, stages = self._schedule(shapes, num_microbatches, backward=False)
             output: Tensor | None = schedule.eval(*self._inputs(batch), **extras)
+        _let_go(stages)
         return output
 
     def _forward_in_v(
@@ -137,7 +138,7 @@ class Pipeline:
 
         Returns that sum, detached, on the process with the last stage; none elsewhere.
         """
-        schedule = self._schedule(shapes, num_microbatches, backward=True)
+        schedule, stages = self._schedule(shapes, num_microbatches, backward=True)
         losses: list[Tensor] = []
         schedule.step(
             *self._inputs(batch),
@@ -146,12 +147,15 @@ class Pipeline:
             return_outputs=False,
             **extras,
         )
+        _let_go(stages)
         return torch.stack(losses).sum().detach() if self.has_last else None
 
     def _inputs(self, batch: Tensor) -> tuple[Tensor, ...]:
         return (batch,) if self.has_first else ()
 
-    def _make_schedule(self, shapes: Shapes, num_microbatches: int, *, backward: bool) -> Any:
+    def _make_schedule(
+        self, shapes: Shapes, num_microbatches: int, *, backward: bool
+    ) -> tuple[Any, list[PipelineStage]]:
         total = num_stages(self._config)
         stages = [
             PipelineStage(
@@ -169,12 +173,19 @@ class Pipeline:
             )
             for index, module in zip(self._stages, self.modules, strict=True)
         ]
-        return _SCHEDULES[self._config.pp_schedule](
+        schedule = _SCHEDULES[self._config.pp_schedule](
             stages if is_looped(self._config) else stages[0],
             num_microbatches,
             loss_fn=self._loss if backward else None,
             scale_grads=False,
         )
+        return schedule, stages
+
+
+def _let_go(stages: list[PipelineStage]) -> None:
+    """Of what they keep of all microbatches until their next step, which may never come."""
+    for stage in stages:
+        stage.clear_runtime_states()
 
 
 def _described(shape: tuple[int, ...], backward: bool) -> Tensor:
@@ -189,22 +200,29 @@ def from_last_stage(value: Tensor | None, shape: tuple[int, ...], pipeline: Pipe
     return value
 
 
-def gather_named(own: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
-    """Plain tensors that processes hold by name, all on each of them."""
+def gather_named(
+    own: Mapping[str, Tensor], group: dist.ProcessGroup | None, *, to_all: bool = True
+) -> dict[str, Tensor]:
+    """Plain tensors that processes hold by name, all on each of them.
+
+    Without `to_all` the first process alone has all; the others keep no more than their own.
+    """
     if group is None:
         return dict(own)
     described: list[Any] = [None] * dist.get_world_size(group)
     mine = {name: (tuple(value.shape), value.dtype) for name, value in own.items()}
     dist.all_gather_object(described, mine, group=group)
     device = next(iter(own.values())).device
-    result: dict[str, Tensor] = {}
-    for rank, names in enumerate(described):
-        source = dist.get_global_rank(group, rank)
-        for name, (shape, dtype) in names.items():
-            if name in result:
-                continue
-            value = own[name].contiguous() if source == dist.get_rank() else None
-            value = torch.empty(shape, dtype=dtype, device=device) if value is None else value
-            dist.broadcast(value, src=source, group=group)
+    keeps = to_all or dist.get_rank(group) == 0
+    result = dict(own)
+    owners = {name: rank for rank, names in reversed([*enumerate(described)]) for name in names}
+    for name, rank in owners.items():
+        if rank == dist.get_rank(group):
+            value = own[name].contiguous()
+        else:
+            shape, dtype = described[rank][name]
+            value = torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(value, src=dist.get_global_rank(group, rank), group=group)
+        if keeps:
             result[name] = value
     return result

@@ -310,12 +310,13 @@ class Trainer:
                 logger.info("step %d  retrieval: mean R@10 %.2f%%", self.step, 100 * self._metric)
 
     def _weights(self) -> dict[str, Tensor]:
-        """Whole plain tensors of what is evaluated: the average when one is kept."""
+        """Whole plain tensors of what is evaluated, on the main rank: the average when one is
+        kept."""
         source: Mapping[str, Tensor] = dict(self.model.named_parameters())
         if self.average is not None:
             source = self.average.tensors
         weights = {name: whole(value.detach()) for name, value in source.items()}
-        return gather_named(weights, self._pipeline)
+        return gather_named(weights, self._pipeline, to_all=False)
 
     @property
     def _pipeline(self) -> dist.ProcessGroup | None:
