@@ -124,8 +124,7 @@ class Router(nn.Module):
             balance_loss=balance,
             rows=torch.ones_like(balance),
         )
-        weights_TK = _Inject.apply(weights_TK, auxiliary, self.batch_share, tally, self.tally)  # type: ignore[no-untyped-call]
-        return weights_TK, indices_TK
+        return _inject(weights_TK, auxiliary, self.batch_share, tally, self.tally), indices_TK
 
     def tallied(self, sums: Tensor | None = None) -> Tally:
         """What has been summed since it was last zeroed, or those sums over more processes."""
@@ -146,6 +145,14 @@ def _alone(slots_BE: Tensor) -> Tensor:
 def _tally(slots_E: Tensor, **parts: Tensor) -> Tensor:
     sums = {name: part.detach().double().sum().unsqueeze(0) for name, part in parts.items()}
     return torch.cat(Tally(slots_E.double(), **sums))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # its backward pass fills a buffer
+def _inject(
+    weights_TK: Tensor, auxiliary: Tensor, share: float, tally: Tensor, into: Tensor
+) -> Tensor:
+    weights_TK = _Inject.apply(weights_TK, auxiliary, share, tally, into)  # type: ignore[no-untyped-call]
+    return weights_TK
 
 
 class _Inject(torch.autograd.Function):

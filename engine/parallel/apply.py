@@ -15,15 +15,15 @@ from typing import overload
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from carillon.engine.config import UserError
-from carillon.engine.models.plans import DUAL_ENCODER
+from carillon.engine.models.plans import plan_of
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8 import to_fp8
+from carillon.engine.parallel.expert import expert_units, placing, split_experts
 from carillon.engine.parallel.mesh import DistributedConfig, World
 from carillon.engine.parallel.pipelined_decoder import PipelinedDecoder
 from carillon.engine.parallel.pipelined_dual_encoder import PipelinedDualEncoder
-from carillon.engine.parallel.tensor import split_tensors
+from carillon.engine.parallel.tensor import overlap_exchange, split_tensors
 
 LaidOut = DualEncoder | PipelinedDualEncoder
 LaidOutDecoder = Decoder | PipelinedDecoder
@@ -46,12 +46,16 @@ def apply_layout(
             else PipelinedDecoder(model, config, pp.get_group(), world.device)
         )
     laid_out.to(world.device)
-    roots = list(getattr(laid_out, "parts", [laid_out]))
+    roots: list[nn.Module] = [laid_out]
+    if isinstance(laid_out, PipelinedDualEncoder | PipelinedDecoder):
+        roots = list(laid_out.parts)
     if tp is not None:
-        if isinstance(model, Decoder):
-            raise UserError("distributed.tp: a decoder has no tensor-parallel plan yet; use tp=1")
+        plan = plan_of(model, config.tp_whole_tower)
         for root in roots:
-            split_tensors(root, DUAL_ENCODER, tp)
+            split_tensors(root, plan, tp, by_tokens=config.sequence_parallel)
+        if config.async_tp:
+            overlap_exchange(tp)
+    split_experts(laid_out, world)
     if config.precision == "fp8":
         to_fp8(_blocks(laid_out), config.fp8_recipe)
     laid_out.set_recompute(config.grad_checkpointing)
@@ -64,13 +68,16 @@ def apply_layout(
     if mesh is not None:
         # A pipeline's schedule gathers and frees the weights of its stages itself.
         reshard = config.zero_stage == 3 and pp is None
+        for experts in expert_units(laid_out, world):
+            fully_shard(
+                experts,
+                mesh=world.expert_mesh,
+                reshard_after_forward=reshard,
+                shard_placement_fn=placing(world),
+            )
         for unit in (*_units(laid_out, world), *roots):
             fully_shard(unit, mesh=mesh, reshard_after_forward=reshard)
     return laid_out
-
-
-def _blocks(model: LaidOut | LaidOutDecoder) -> Iterator[nn.Module]:
-    return iter(model.blocks) if isinstance(model, Decoder) else model.blocks()
 
 
 def _units(model: LaidOut | LaidOutDecoder, world: World) -> Iterator[nn.Module]:
@@ -82,6 +89,10 @@ def _units(model: LaidOut | LaidOutDecoder, world: World) -> Iterator[nn.Module]
     if world.device.type == "cpu" and world.degrees.dp_shard == 1:
         return iter(())
     return _blocks(model)
+
+
+def _blocks(model: LaidOut | LaidOutDecoder) -> Iterator[nn.Module]:
+    return iter(model.blocks) if isinstance(model, Decoder) else model.blocks()
 
 
 @contextmanager

@@ -74,6 +74,89 @@ def exchange_shares(shares: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return exchanged.view(dist.get_world_size(group), -1)
 
 
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.sizes, ctx.group = (send, receive), group
+        return _send_rows(rows, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        send, receive = ctx.sizes
+        return _send_rows(grad, receive, send, ctx.group), None, None, None
+
+
+def _send_rows(
+    rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    received = rows.new_empty((sum(receive), *rows.shape[1:]))
+    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    return received
+
+
+def exchange_rows(
+    rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    """`send[i]` rows to rank i, in rank order, and `receive[i]` from it, in rank order.
+
+    Shapes: (sum of send, ...) -> (sum of receive, ...). The backward pass sends them back.
+    """
+    exchanged: Tensor = _ExchangeRows.apply(rows, send, receive, group)  # type: ignore[no-untyped-call]
+    return exchanged
+
+
+class _SumGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return sum_over(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
+
+
+def sum_gradients(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The identity on what all ranks have; the backward pass sums what each makes of it."""
+    same: Tensor = _SumGradients.apply(values, group)  # type: ignore[no-untyped-call]
+    return same
+
+
+class _SumShares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return sum_over(share.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def sum_shares(share: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Element-wise sum over ranks, which all then have; each share's gradient is the sum's."""
+    total: Tensor = _SumShares.apply(share, group)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def scale_gradient(values: Tensor, factor: float) -> Tensor:
+    """The identity; its gradient is multiplied by `factor`."""
+    same: Tensor = _ScaleGradient.apply(values, factor)  # type: ignore[no-untyped-call]
+    return same
+
+
 def gradient_norm(
     parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None
 ) -> Tensor:

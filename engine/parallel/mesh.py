@@ -2,7 +2,7 @@
 
 Experts have no axis of their own: their ep processes are neighbours in dp_shard x cp, which for
 other weights shard one replica. So there are up to three views of the same processes, in the same
-order (`Meshes`). Data, tensor and pipeline parallelism run today; cp and ep are laid out and
+order (`Meshes`). Data, tensor, expert and pipeline parallelism run today; cp is laid out and
 refused above 1 until their mechanisms join. `zero_stage` in the PRD's terms maps onto FSDP2: 0
 replicates, 1 and 2 shard parameters but keep them gathered between forward and backward, 3 frees
 them again. The meshes are passed in, never global.
@@ -64,6 +64,21 @@ class DistributedConfig:
     )
     cp: int = setting(1, "Context-parallel processes.", min=1, hashed=False)
     tp: int = setting(1, "Tensor-parallel processes.", min=1, hashed=False)
+    tp_whole_tower: Literal["vision", "text"] | None = setting(
+        None,
+        "A tower too small to be split: every tensor-parallel process computes all of it.",
+        hashed=False,
+    )
+    sequence_parallel: bool = setting(
+        False,
+        "With tp: the residual stream lies by tokens between a block's products.",
+        hashed=False,
+    )
+    async_tp: bool = setting(
+        False,
+        "With sequence_parallel, compile and CUDA: products overlap with their exchange.",
+        hashed=False,
+    )
     ep: int = setting(
         1, "Processes that split the experts; divides dp_shard x cp.", min=1, hashed=False
     )
@@ -87,18 +102,25 @@ class DistributedConfig:
     )
 
     def check(self) -> Iterator[str]:
-        for axis in ("cp", "ep"):
-            if getattr(self, axis) > 1:
-                yield (
-                    f"{axis}: {getattr(self, axis)} given; this axis comes with the parallel "
-                    f"layouts (after data parallel and FSDP). Set distributed.{axis}=1"
-                )
+        if self.cp > 1:
+            yield (
+                f"cp: {self.cp} given; this axis comes with the parallel layouts (after data "
+                "parallel and FSDP). Set distributed.cp=1"
+            )
         yield from self._check_pipeline()
         if self.zero_stage == 0 and (self.dp_shard or 1) > 1:
             yield (
                 f"dp_shard: {self.dp_shard} given, but zero_stage=0 shards nothing; set "
                 "distributed.zero_stage=1, 2 or 3, or drop dp_shard"
             )
+        if self.tp == 1:
+            for name in ("tp_whole_tower", "sequence_parallel", "async_tp"):
+                if changed(self, name):
+                    yield f"{name}: {getattr(self, name)} given, but tp is 1; drop it, or set tp"
+        elif self.async_tp and not (self.sequence_parallel and self.compile):
+            yield "async_tp: needs sequence_parallel=true and compile=true; set them, or drop it"
+        elif self.async_tp and not torch.cuda.is_available():
+            yield "async_tp: needs CUDA devices and there is none; drop it"
         if self.precision != "fp8" and changed(self, "fp8_recipe"):
             yield f"fp8_recipe: {self.fp8_recipe} given, but precision is {self.precision}; drop it"
         if self.precision == "fp8" and self.tp > 1:

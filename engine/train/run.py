@@ -116,8 +116,14 @@ class RunConfig:
             context = text_config(self.model.text_backbone, self.model.text).context
         except UserError:  # an unknown backbone, which the model section reports
             return
-        tp = self.distributed.tp
-        for name, size in split_sizes(self.model) if tp > 1 else ():
+        tp, ep, whole = (
+            self.distributed.tp,
+            self.distributed.ep,
+            self.distributed.tp_whole_tower,
+        )
+        if ep > 1:
+            yield f"distributed.ep: {ep} given, but a dual encoder has no experts; use ep=1"
+        for name, size in split_sizes(self.model, whole) if tp > 1 else ():
             if size % tp:
                 fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
                 yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"

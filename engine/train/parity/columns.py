@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from carillon.engine.data.loader import Batch
@@ -92,12 +94,14 @@ class Variant:
 @dataclass(frozen=True)
 class Step:
     """What a step gave: the loss of the global batch, the whole gradients, their norm as the
-    trainer takes it, and the share of all weights on the process that has most."""
+    trainer takes it, the share of all weights on the process that has most, and the bytes that
+    the main process kept for the backward pass."""
 
     loss: float
     gradients: Mapping[str, Tensor]
     norm: float
     held: float
+    kept_bytes: int
 
 
 # One step of a model of so many blocks in a layout; without one, in this process alone.
@@ -131,10 +135,12 @@ def dual_encoder(config: DualEncoderConfig, kind: Literal["softmax", "sigmoid"])
         micro = share if layout is None else microbatch_size(layout, None, share)
         if variant.cached:
             micro = 3 if share > 4 else 1
-        loss = forward_backward(
-            model, objective, local.microbatches(micro), group=group, autocast=nullcontext
-        )
-        return _step(_mean(loss, group), model, world)
+        kept = Kept()
+        with kept if variant == Variant() else nullcontext():
+            loss = forward_backward(
+                model, objective, local.microbatches(micro), group=group, autocast=nullcontext
+            )
+        return _step(_mean(loss, group), model, world, kept.num_bytes)
 
     return run
 
@@ -159,23 +165,24 @@ def decoder(config: DecoderConfig) -> Run:
             first = share * world.data_rank
             rows = Rows(*(part[first : first + share].to(world.device) for part in rows))
         num_processes = dist.get_world_size(group) if group is not None else 1
-        if isinstance(model, PipelinedDecoder):
-            assert layout is not None
-            num = share // microbatch_size(layout, None, share)
-            loss = model.forward_backward(
-                rows,
-                num,
-                num_tokens=num_tokens,
-                num_processes=num_processes,
-                autocast=nullcontext,
-            )
-        else:
-            logits_BLV = model(rows.tokens, rows.positions, rows.offsets)
-            loss = language_loss(
-                logits_BLV, rows.labels, num_tokens=num_tokens, num_processes=num_processes
-            )
-            torch.autograd.backward(loss)
-        return _step(_mean(loss.detach(), group), model, world)
+        kept = Kept()
+        with kept if variant == Variant() else nullcontext():
+            if isinstance(model, PipelinedDecoder):
+                assert layout is not None
+                loss = model.forward_backward(
+                    rows,
+                    share // microbatch_size(layout, None, share),
+                    num_tokens=num_tokens,
+                    num_processes=num_processes,
+                    autocast=nullcontext,
+                )
+            else:
+                logits_BLV = model(rows.tokens, rows.positions, rows.offsets)
+                loss = language_loss(
+                    logits_BLV, rows.labels, num_tokens=num_tokens, num_processes=num_processes
+                )
+                torch.autograd.backward(loss)
+        return _step(_mean(loss.detach(), group), model, world, kept.num_bytes)
 
     return run
 
@@ -208,7 +215,7 @@ def _mean(loss: Tensor, group: dist.ProcessGroup | None) -> float:
     return float(sum_over(loss.double(), group)) / size
 
 
-def _step(loss: float, model: nn.Module, world: World | None) -> Step:
+def _step(loss: float, model: nn.Module, world: World | None, kept_bytes: int) -> Step:
     gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
@@ -227,7 +234,27 @@ def _step(loss: float, model: nn.Module, world: World | None) -> Step:
     if world is not None and world.group is not None:
         dist.all_reduce(most, dist.ReduceOp.MAX, group=world.group)
     on_cpu = {name: gradient.cpu() for name, gradient in gradients.items()}
-    return Step(loss, on_cpu, norm, float(most))
+    return Step(loss, on_cpu, norm, float(most), kept_bytes)
+
+
+class Kept(saved_tensors_hooks):
+    """Counts what autograd keeps inside, every storage once."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, int] = {}
+        super().__init__(self._count, lambda kept: kept)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        local = _local(tensor)
+        if isinstance(local, AsyncCollectiveTensor):
+            local = local.wait()
+        storage = local.untyped_storage()
+        self._sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
 
 def _local(parameter: Tensor) -> Tensor:
