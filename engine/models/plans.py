@@ -13,6 +13,7 @@ from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig, divisors
 from carillon.engine.models.towers.dual_encoder import DualEncoder, DualEncoderConfig
 from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.parallel.pipeline_split import split_problems
 from carillon.engine.parallel.plan import Plan, Split
 
 _BLOCK = {
@@ -64,6 +65,7 @@ def plan_of(model: DualEncoder | Decoder, whole_tower: str | None = None) -> Pla
 def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterator[str]:
     """Why a decoder cannot be laid out so."""
     moe, tp, ep = config.moe, layout.tp, layout.ep
+    yield from split_problems(layout, {"decoder": config.depth})
     sizes = [("model's num_kv_heads", config.kv_heads), ("model.mlp_width", config.mlp_width)]
     if moe.num_experts is not None:
         sizes.append(("model.moe.expert_width", moe.expert_width))

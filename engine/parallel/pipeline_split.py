@@ -14,7 +14,7 @@ from itertools import accumulate
 
 from carillon.engine.parallel.mesh import DistributedConfig
 
-MANY_STAGES = ("interleaved1f1b", "interleaved_zero_bubble", "zbv")
+INTERLEAVED = ("interleaved1f1b", "interleaved_zero_bubble")  # these take whole rounds
 
 
 def num_stages(config: DistributedConfig) -> int:
@@ -23,7 +23,7 @@ def num_stages(config: DistributedConfig) -> int:
 
 def is_looped(config: DistributedConfig) -> bool:
     """Whether each process has several stages."""
-    return config.pp_schedule in MANY_STAGES
+    return config.pp_schedule in (*INTERLEAVED, "zbv")
 
 
 def stages_of(config: DistributedConfig, rank: int) -> list[int]:
@@ -102,10 +102,8 @@ def split_problems(config: DistributedConfig, depths: dict[str, int]) -> Iterato
 
 def allows(config: DistributedConfig, num_microbatches: int) -> bool:
     """Whether the schedule runs that many microbatches."""
-    if num_microbatches < config.pp:
-        return False
-    rounds = num_microbatches // config.pp
-    return not is_looped(config) or config.pp_schedule == "zbv" or num_microbatches % rounds == 0
+    whole_rounds = num_microbatches % config.pp == 0 or config.pp_schedule not in INTERLEAVED
+    return num_microbatches >= config.pp and whole_rounds
 
 
 def possible_counts(config: DistributedConfig, share: int) -> list[int]:
@@ -133,7 +131,7 @@ def microbatch_problem(config: DistributedConfig, given: int | None, share: int)
         return None
     counts = possible_counts(config, share)
     need = f"at least {config.pp} equal microbatches" + (
-        f", a multiple of {config.pp} of them" if config.pp_schedule in MANY_STAGES[:2] else ""
+        f", a multiple of {config.pp} of them" if config.pp_schedule in INTERLEAVED else ""
     )
     way_out = "no size of microbatch fits; use another data.batch_size or distributed.pp"
     if counts:

@@ -109,7 +109,8 @@ def _lay_by_tokens(stack: nn.Module, mesh: DeviceMesh) -> None:
             whole = DTensor.from_local(x_BLD, mesh, [Replicate()], run_check=False)
             x_BLD = whole.redistribute(placements=[Shard(_TOKENS_DIM)]).to_local()
         y_BLD: Tensor = whole_forward(x_BLD, mask, pool_token, pool_mask)
-        return (y_BLD if has_last else joined(y_BLD))[:, :length]
+        # A copy: what is sent to the next piece must not be on its way itself.
+        return y_BLD[:, :length] if has_last else joined(y_BLD)[:, :length].clone()
 
     def joined(share_BLD: Tensor) -> Tensor:
         share = DTensor.from_local(share_BLD, mesh, [Shard(_TOKENS_DIM)], run_check=False)

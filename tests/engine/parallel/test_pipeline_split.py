@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from carillon.engine.models.plans import decoder_problems
+from carillon.engine.models.towers.decoder_config import DecoderConfig
 from carillon.engine.parallel.mesh import DistributedConfig
 from carillon.engine.parallel.pipeline_split import (
     balanced_split,
@@ -55,3 +57,11 @@ def test_microbatches_of_a_share() -> None:
     assert microbatch_size(pipeline, None, 12) == 1  # 12 microbatches: 8 do not divide 12
     assert microbatch_size(pipeline, None, 4) == 1
     assert microbatch_size(pipeline, 16, 64) == 16
+    assert microbatch_size(DistributedConfig(pp=2, pp_schedule="interleaved1f1b"), None, 6) == 1
+
+
+def test_a_decoder_of_fewer_blocks_than_stages_is_refused() -> None:
+    found = list(decoder_problems(DecoderConfig(depth=3), DistributedConfig(pp=4)))
+    assert found == [
+        "distributed.pp: 4 makes 4 stages, but model.decoder has 3 blocks; at most pp=3 fits"
+    ]
