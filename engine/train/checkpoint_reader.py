@@ -24,10 +24,17 @@ from carillon.engine.config import UserError
 from carillon.engine.train.checkpoint import Checkpoint, expect_one_process, root_cause
 
 
-def read_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], *, partial: bool) -> None:
+def read_tensors(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, Tensor],
+    *,
+    partial: bool,
+    shapes: Mapping[str, torch.Size] | None = None,
+) -> None:
     """Fill `tensors` in place, whatever layout wrote them.
 
     `partial` allows the checkpoint to hold more (optimizer state when only weights are wanted).
+    `shapes` are those of the whole model's tensors where this process has a part of them only.
     Raises UserError when names or shapes are not this model's. Call `verify` first.
     """
     expect_one_process()
@@ -37,7 +44,8 @@ def read_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], *, parti
             "by 'carillon checkpoint convert FOLDER --to dcp --out FOLDER'"
         )
     reader = CheckedReader(checkpoint.path)
-    _check_same_model(reader.read_metadata(), tensors, checkpoint, partial)
+    shapes = shapes or {name: tensor.shape for name, tensor in tensors.items()}
+    _check_same_model(reader.read_metadata(), shapes, checkpoint, partial)
     try:
         load_tensors(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:  # a BaseException of DCP's, around any failure to read
@@ -46,16 +54,16 @@ def read_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], *, parti
 
 
 def _check_same_model(
-    metadata: Metadata, tensors: Mapping[str, Tensor], checkpoint: Checkpoint, partial: bool
+    metadata: Metadata, shapes: Mapping[str, torch.Size], checkpoint: Checkpoint, partial: bool
 ) -> None:
     stored = {
         name: entry.size
         for name, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    missing = sorted(set(tensors) - set(stored))
-    extra = [] if partial else sorted(set(stored) - set(tensors))
-    wrong = sorted(n for n, t in tensors.items() if n in stored and t.shape != stored[n])
+    missing = sorted(set(shapes) - set(stored))
+    extra = [] if partial else sorted(set(stored) - set(shapes))
+    wrong = sorted(n for n, shape in shapes.items() if n in stored and shape != stored[n])
     problems = [
         f"{len(names)} {what} (first: {names[0]})"
         for names, what in ((missing, "missing"), (extra, "unknown"), (wrong, "of another shape"))

@@ -169,10 +169,17 @@ class Setup:
         return tensors
 
 
-def run_ranks(folder: Path, cases: dict[str, tuple[int, list[str]]]) -> dict[str, Any]:
-    """Run each case (number of processes, argv), in order; returns codes and stderr by rank."""
+def run_ranks(
+    folder: Path, cases: dict[str, tuple[int, list[str]]], fault: int | None = None
+) -> dict[str, Any]:
+    """Run each case (number of processes, argv), in order; returns codes and stderr by rank.
+
+    On the rank `fault`, stages of the text tower raise.
+    """
     folder.mkdir(parents=True)
-    given = {name: {"world_size": n, "argv": argv} for name, (n, argv) in cases.items()}
+    given = {
+        name: {"world_size": n, "argv": argv, "fault": fault} for name, (n, argv) in cases.items()
+    }
     (folder / "cases.json").write_text(json.dumps(given))
     worker = [sys.executable, str(RANKS), str(folder / "cases.json"), str(folder / "results.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

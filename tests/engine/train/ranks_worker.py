@@ -2,7 +2,8 @@
 once: python ranks_worker.py CASES.json RESULTS.json
 
 Each case has world_size and argv; its result, the exit code and stderr of each rank. The ranks find
-each other by the environment variables that torchrun sets.
+each other by the environment variables that torchrun sets. With `fault`, a rank, that one's stages
+of the text tower raise.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any
 
 import carillon.engine.train.launch  # noqa: F401  (torch and all, before the forks)
 from carillon.engine.cli import main
+from carillon.engine.models.towers.stages import TextPiece
 
 
 def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -39,6 +41,8 @@ def fork_rank(case: dict[str, Any], rank: int, port: int, stderr: Path) -> int:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world_size"]}
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in (place | rendezvous).items()})
+        if case["fault"] == rank:
+            TextPiece.forward = fail  # type: ignore[method-assign]
         code = main(case["argv"])
     except SystemExit as end:
         code = int(end.code or 0)
@@ -47,6 +51,10 @@ def fork_rank(case: dict[str, Any], rank: int, port: int, stderr: Path) -> int:
     finally:
         sys.stderr.flush()
         os._exit(code)  # the parent's own clean-up is not the child's
+
+
+def fail(*given: Any, **named: Any) -> Any:
+    raise RuntimeError("a stage fails for a test")
 
 
 if __name__ == "__main__":
