@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU suite in one call, without a network: builds the extension, checks every provider, times
-# each operator against its bars, peers and roofline, and runs the GPU tests. docs/gpu-status.md says
-# how its results are kept.
+# each operator against its bars, peers and roofline, times training steps, and runs the GPU tests.
+# docs/gpu-status.md says how its results are kept.
 #
 #   run.sh [options] OUTDIR
 #   run.sh --profile OP[:CASE[:SIDE]] [options] OUTDIR
@@ -151,7 +151,7 @@ group() {
 }
 
 operators=()
-for name in contrastive packed_attention fp8_cast moe_routing grouped_mm image_normalize; do
+for name in contrastive packed_attention fp8_cast moe_routing grouped_mm image_normalize training; do
   [ ! -f "$cases/$name.py" ] || operators+=("$cases/$name.py")
 done
 for file in "$cases"/*.py; do
@@ -181,11 +181,14 @@ else
   if [ "$device" = cpu ]; then
     group check 120 60 0.02 --at-once
     group bar 180 60 0.02
+    group train 120 60 0.02
     stage tests 60 "$python" "$here/kernel_tests.py" "$tests" --records "$records" --logs "$logs" --marker ""
   else
     kept=100
     group check 80 60 0 --at-once
     group bar 170 60 0.5
+    # A side that compiles takes most of a minute; what is not reached says so.
+    group train 130 70 2
     group long 60 45 1
     kept=0
     stage tests 180 "$python" "$here/kernel_tests.py" "$tests" --records "$records" --logs "$logs" --marker gpu
