@@ -31,7 +31,11 @@ class LayerNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (self.width,), self.weight, self.bias, self.eps)
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if x.dtype is torch.float32:  # a sharded model may gather them in bf16
+            weight, bias = weight.float(), None if bias is None else bias.float()
+        return F.layer_norm(x, (self.width,), weight, bias, self.eps)
 
 
 class RMSNorm(nn.Module):

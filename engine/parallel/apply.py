@@ -1,9 +1,7 @@
 """The only order in which a model is laid out: PP split -> TP/SP -> EP -> CP -> recompute ->
 compile -> FSDP.
 
-Data parallelism is FSDP2 on the (dp_replicate, fsdp) mesh in every case: plain replication is
-its corner with one shard, so there is one mechanism and one gradient reduction. Each must see what
-the one before it made. The axes that are missing join here, each as one call.
+Each must see what the one before it made.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
 from carillon.engine.config import UserError
 from carillon.engine.models.plans import decoder_problems, plan_of
@@ -21,8 +19,9 @@ from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8_layers import to_fp8
 from carillon.engine.parallel.context import share_context
-from carillon.engine.parallel.expert import expert_units, placing, split_experts
+from carillon.engine.parallel.expert import split_experts
 from carillon.engine.parallel.fp8 import split_fp8
+from carillon.engine.parallel.fsdp import shard_over_data
 from carillon.engine.parallel.mesh import DistributedConfig, World
 from carillon.engine.parallel.tensor import overlap_exchange, split_tensors
 
@@ -64,31 +63,9 @@ def apply_layout(model: M, config: DistributedConfig, world: World) -> M:
         dynamic = world.degrees.tp == 1
         for block in _blocks(model):
             block.compile(dynamic=dynamic)
-    mesh = world.fsdp_mesh
-    if mesh is not None:
-        reshard = config.zero_stage == 3
-        for experts in expert_units(model, world):
-            fully_shard(
-                experts,
-                mesh=world.expert_mesh,
-                reshard_after_forward=reshard,
-                shard_placement_fn=placing(world),
-            )
-        for block in _units(model, world):
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-        fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+    reshard = config.zero_stage == 3
+    shard_over_data(model, [model], _blocks(model), config, world, reshard=reshard)
     return model
-
-
-def _units(model: DualEncoder | Decoder, world: World) -> Iterator[nn.Module]:
-    """Parts that communicate on their own: the blocks, so that they overlap with compute.
-
-    Replicas on CPUs have nothing to overlap with and nothing to free: one exchange of all gradients
-    at the end is quicker there.
-    """
-    if world.device.type == "cpu" and world.degrees.dp_shard == 1:
-        return iter(())
-    return _blocks(model)
 
 
 def _blocks(model: DualEncoder | Decoder) -> Iterator[nn.Module]:

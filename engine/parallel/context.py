@@ -76,7 +76,8 @@ class ContextAttention:
     def _by_heads(self, q: Tensor, k: Tensor, v: Tensor, offsets_BS: Tensor) -> Tensor:
         size, heads = self._ring.size, q.shape[2]
         repeats = _key_repeats(heads, k.shape[2], size)
-        k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
+        if repeats > 1:
+            k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
         sizes = [x.shape[2] // size for x in (q, k, v)]
         # One message: the heads of each process, those of q, k and v one after another.
         shares = torch.cat([torch.unflatten(x, 2, (size, -1)) for x in (q, k, v)], dim=3)

@@ -4,7 +4,8 @@ gives the same bits in every run.
 Order of samples, augmentation and weights follow from the seed in any mode. What is left is the
 arithmetic: torch takes algorithms whose sums have one order and raises where it has none, cuBLAS
 gets a workspace of its own (before CUDA starts, when it is read), and NCCL one algorithm for its
-sums. Compiled kernels are chosen by timing, so they are refused, as are Transformer Engine's.
+sums. Compiled kernels are chosen by timing, so they are refused, as are Transformer Engine's and
+DeepEP's.
 Layouts still differ from each other by rounding: docs/architecture.md lists those that claim this.
 Status: runs on CPU with gloo; not run on a GPU yet.
 """
@@ -35,6 +36,11 @@ def nondeterministic(config: DistributedConfig) -> Iterator[str]:
         yield (
             "deterministic: nothing is known of Transformer Engine's order of sums; set "
             "distributed.fp8_provider=native"
+        )
+    if config.dispatcher == "deepep":
+        yield (
+            "deterministic: nothing is known of DeepEP's order of sums; set "
+            "distributed.dispatcher=all_to_all"
         )
 
 

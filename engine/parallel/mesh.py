@@ -12,10 +12,8 @@ Status: runs on CPU with gloo; CUDA with NCCL has not run on a GPU yet.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Literal, NamedTuple
 
 import torch
@@ -64,6 +62,15 @@ class DistributedConfig:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where tensors live.", hashed=False)
     zero_stage: Literal[0, 1, 2, 3] = setting(
         0, "0 replicates; 1 and 2 shard the state; 3 frees gathered weights too.", hashed=False
+    )
+    fsdp_gather: Literal["fp32", "bf16"] = setting(
+        "fp32", "What the blocks' weights are gathered in; they are kept in fp32."
+    )
+    fsdp_reduce: Literal["fp32", "bf16"] = setting(
+        "fp32", "What the blocks' gradients are summed over the data processes in."
+    )
+    fsdp_offload: bool = setting(
+        False, "Keep shards of weights, gradients and moments in host memory.", hashed=False
     )
     dp_replicate: int | None = setting(
         None, "Replicas; none: all processes when zero_stage is 0, else 1.", min=1, hashed=False
@@ -160,6 +167,11 @@ class DistributedConfig:
         elif self.async_tp and not torch.cuda.is_available():
             yield "async_tp: needs CUDA devices and there is none; drop it"
         yield from self._check_fp8()
+        if self.precision == "fp32":
+            for name in changed(self, "fsdp_gather", "fsdp_reduce"):
+                yield f"{name}: {getattr(self, name)} given, but precision is fp32; drop it"
+        if self.fsdp_offload and not torch.cuda.is_available():
+            yield "fsdp_offload: it frees a GPU's memory and there is no GPU; drop it"
         if self.deterministic:
             yield from nondeterministic(self)
         if self.backend == "nccl" and not torch.cuda.is_available():
@@ -327,21 +339,6 @@ class World:
         return mesh[name]
 
 
-def start_world(config: DistributedConfig) -> World:
-    """Join the process group that torchrun describes, or stand alone without one."""
-    degrees = degrees_of(config, int(os.environ.get("WORLD_SIZE", "1")))
-    kind = config.device if config.device != "auto" else _best_device()
-    device = torch.device(kind)
-    if kind == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
-        return World(rank=0, size=1, device=device, degrees=degrees, meshes=None)
-    backend = config.backend if config.backend != "auto" else "nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
-    return lay_out(degrees, device)
-
-
 def lay_out(degrees: Degrees, device: torch.device) -> World:
     """The world of a process group that has started, whose size is the product of `degrees`."""
 
@@ -367,7 +364,3 @@ def lay_out(degrees: Degrees, device: torch.device) -> World:
         degrees=degrees,
         meshes=meshes,
     )
-
-
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

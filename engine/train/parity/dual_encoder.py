@@ -51,7 +51,7 @@ def dual_encoder(config: DualEncoderConfig, kind: Literal["softmax", "sigmoid"])
         )
         objective = ContrastiveObjective(ContrastiveConfig(kind=kind, exchange=variant.exchange))
         share, group = _BATCH, None
-        local = _pairs()
+        local = pairs()
         if world is not None and layout is not None:
             model = apply_layout(model, layout, world)
             share, group = _BATCH // world.degrees.data, world.data_group
@@ -67,7 +67,7 @@ def dual_encoder(config: DualEncoderConfig, kind: Literal["softmax", "sigmoid"])
     return run
 
 
-def _pairs() -> Batch:
+def pairs() -> Batch:
     generator = torch.Generator().manual_seed(_SEED)
     lengths = torch.randint(3, 13, (_BATCH,), generator=generator)
     return Batch(
