@@ -32,7 +32,7 @@ from carillon.engine.models.towers.dual_encoder import (
 )
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.collectives import gradient_norm
-from carillon.engine.parallel.mesh import DistributedConfig, start_world
+from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of
 from carillon.engine.train.optim import NamedAdamW, OptimizationConfig
 from carillon.engine.train.step import forward_backward
 from carillon.kernels.roofline import Cost
@@ -142,9 +142,13 @@ def _ours(name: str, compiled: bool) -> Callable[[Given], Call]:
             precision="fp8" if name.startswith("fp8") else "bf16",
             compile=compiled,
         )
-        torch.manual_seed(0)  # one process, so no mesh and no collective
+        degrees = degrees_of(layout, 1)
+        world = World(
+            rank=0, size=1, device=torch.device(given.device), degrees=degrees, meshes=None
+        )
+        torch.manual_seed(0)
         model = build_dual_encoder(given.config, vocab_size=VOCABULARY, device=given.device)
-        model = apply_layout(model, layout, start_world(layout))
+        model = apply_layout(model, layout, world)
         settings = OptimizationConfig(steps=1)
         optimizer = NamedAdamW(model, settings, model.no_decay_names())
         return _step(model, optimizer, ContrastiveObjective(ContrastiveConfig()), given.batch, kind)
