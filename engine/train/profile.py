@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from carillon.engine.data.loader import Batch
-from carillon.engine.models.towers.dual_encoder import DualEncoder
+from carillon.engine.parallel.apply import LaidOut
 
 _DATA_SHEET_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
@@ -64,7 +64,7 @@ class Work(NamedTuple):
 class WorkCounter:
     """Counts batches of one model."""
 
-    def __init__(self, model: DualEncoder) -> None:
+    def __init__(self, model: LaidOut) -> None:
         self._model = model
         self._known: dict[tuple[int, int], int] = {}
 
