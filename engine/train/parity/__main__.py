@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from carillon.engine.parallel.mesh import degrees_of, lay_out
+from carillon.engine.parallel.mesh import Degrees, World, degrees_of, lay_out
 from carillon.engine.parallel.parity import TOLERANCE_FP32, gradient_errors
 from carillon.engine.train.parity.columns import COLUMNS
 from carillon.engine.train.parity.rows import ROWS, Row
@@ -46,6 +46,7 @@ def run_cases(size: int) -> list[Result]:
     cuda = torch.cuda.is_available() and dist.get_backend() == "nccl"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     references: dict[tuple[str, int], Step] = {}
+    worlds: dict[Degrees, World] = {}
     results = []
     for row in ROWS:
         if row.size != size:
@@ -56,7 +57,10 @@ def run_cases(size: int) -> list[Result]:
                 references[model] = COLUMNS[column](None, None, Variant(), row.depth)
             layout = row.layout(variant)
             torch.compiler.reset()  # else what many cases compiled would pass its limit
-            world = lay_out(degrees_of(layout, size), device)
+            degrees = degrees_of(layout, size)
+            if degrees not in worlds:  # a world of gloo has threads for every group
+                worlds[degrees] = lay_out(degrees, device)
+            world = worlds[degrees]
             found = COLUMNS[column](layout, world, variant, row.depth)
             results.append(_result(row, column, variant, found, references[model]))
     return results
