@@ -169,10 +169,21 @@ class Setup:
         return tensors
 
 
-def run_ranks(folder: Path, cases: dict[str, tuple[int, list[str]]]) -> dict[str, Any]:
-    """Run each case (number of processes, argv), in order; returns codes and stderr by rank."""
+def run_ranks(
+    folder: Path,
+    cases: dict[str, tuple[int, list[str]]],
+    file_limits: dict[int, int] | None = None,
+) -> dict[str, Any]:
+    """Run each case (number of processes, argv), in order; returns codes and stderr by rank.
+
+    `file_limits` has, by rank, the bytes past which no file of its grows, as on a full disk.
+    """
     folder.mkdir(parents=True)
-    given = {name: {"world_size": n, "argv": argv} for name, (n, argv) in cases.items()}
+    limits = file_limits or {}
+    given = {
+        name: {"world_size": n, "argv": argv, "file_limits": limits}
+        for name, (n, argv) in cases.items()
+    }
     (folder / "cases.json").write_text(json.dumps(given))
     worker = [sys.executable, str(RANKS), str(folder / "cases.json"), str(folder / "results.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
