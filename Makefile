@@ -10,7 +10,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 QUICKSTART := recipes/emoji_quickstart.yaml
 OPERATORS := contrastive packed_attention moe_routing fp8_cast image_normalize
 
-.PHONY: help install install-dev quickstart test asan lint bench-cpu bench-table bench-env bench-peers prove-kill prove-fp8 clean
+.PHONY: help install install-dev quickstart test asan lint bench-cpu bench-table bench-env bench-peers parity prove-kill prove-fp8 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -86,6 +86,9 @@ bench-peers: bench-env  ## speed and final loss against peers (JSON in benchmark
 
 bench-env:  ## a second environment with the peers that benchmarks compare with
 	bash benchmarks/environment.sh
+
+parity: install-dev  ## every layout's step against one process's: writes docs/parity.md (4 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m carillon.engine.train.parity --out docs/parity.md
 
 prove-kill: install-dev  ## kill and resume a small run forty times: nothing is lost (strace, 10 minutes)
 	$(BIN)/python benchmarks/prove_durable.py

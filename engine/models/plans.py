@@ -1,4 +1,4 @@
-"""Tensor-parallel plans of the towers, and the sizes that a degree must divide.
+"""Tensor-parallel plans of the models, and the sizes that a degree must divide.
 
 The plan is Megatron's: in each block one sum after attention and one after the MLP. Source: Shoeybi
 et al. 2019 (Megatron-LM), section 3. Rows of `qkv` are head-major, so a share is whole heads.
@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from carillon.engine.models.catalog import text_config, vision_config
-from carillon.engine.models.towers.dual_encoder import DualEncoderConfig
+from carillon.engine.models.towers.decoder import Decoder
+from carillon.engine.models.towers.decoder_config import DecoderConfig, divisors
+from carillon.engine.models.towers.dual_encoder import DualEncoder, DualEncoderConfig
+from carillon.engine.parallel.mesh import DistributedConfig
 from carillon.engine.parallel.plan import Plan, Split
+from carillon.engine.parallel.zigzag import either, nearest, row_length_errors
 
 _BLOCK = {
     "attention.qkv": Split.COLUMNS,
@@ -20,12 +24,14 @@ _BLOCK = {
     "mlp.fc1": Split.COLUMNS,
     "mlp.fc2": Split.ROWS,
 }
+TOWERS = ("vision", "text")
 DUAL_ENCODER: Plan = {
     **{
         f"{tower}.transformer.blocks.*.{name}": split
-        for tower in ("vision", "text")
+        for tower in TOWERS
         for name, split in _BLOCK.items()
     },
+    **{f"{tower}.transformer": Split.STREAM for tower in TOWERS},
     "text.token": Split.VOCABULARY,
     "vision.pool.q": Split.COLUMNS,
     "vision.pool.kv": Split.COLUMNS,
@@ -33,12 +39,105 @@ DUAL_ENCODER: Plan = {
     "vision.pool.mlp.fc1": Split.COLUMNS,
     "vision.pool.mlp.fc2": Split.ROWS,
 }
+DECODER: Plan = {
+    "token": Split.VOCABULARY,
+    "blocks.*.attention.qkv": Split.COLUMNS,
+    "blocks.*.attention.q_norm": Split.ROW_HEADS,
+    "blocks.*.attention.k_norm": Split.ROW_HEADS,
+    "blocks.*.attention.out": Split.ROWS,
+    # A dense MLP, or the shared experts of a mixture; engine/parallel/expert.py splits the others.
+    "blocks.*.mlp.gate_up": Split.COLUMNS,
+    "blocks.*.mlp.down": Split.ROWS,
+    "blocks.*.mlp.shared.gate_up": Split.COLUMNS,
+    "blocks.*.mlp.shared.down": Split.ROWS,
+    "head": Split.COLUMNS,
+    "": Split.STREAM,
+}
 
 
-def split_sizes(config: DualEncoderConfig) -> Iterator[tuple[str, int]]:
+def plan_of(model: DualEncoder | Decoder, whole_tower: str | None = None) -> Plan:
+    """The model's plan, without a tower that is to stay whole on every process."""
+    if isinstance(model, Decoder):
+        return DECODER
+    return {
+        name: split for name, split in DUAL_ENCODER.items() if name.split(".")[0] != whole_tower
+    }
+
+
+def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterator[str]:
+    """Why a decoder cannot be laid out so."""
+    moe, tp, ep = config.moe, layout.tp, layout.ep
+    sizes = [("model's num_kv_heads", config.kv_heads), ("model.mlp_width", config.mlp_width)]
+    if moe.num_experts is not None:
+        sizes.append(("model.moe.expert_width", moe.expert_width))
+    for name, size in sizes:
+        if size % tp:
+            fits = ", ".join(map(str, divisors(size)))
+            yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"
+    if layout.compile and tp > 1:
+        yield f"distributed.compile: true with tp={tp} does not run in a decoder yet; drop either"
+    if ep > 1 and moe.num_experts is None:
+        yield f"distributed.ep: {ep} given, but the model has no experts; use ep=1"
+    elif ep > 1 and moe.num_experts is not None and moe.num_experts % ep:
+        fits = ", ".join(map(str, divisors(moe.num_experts)))
+        more = -(-moe.num_experts // ep) * ep
+        yield (
+            f"distributed.ep: {ep} does not divide model.moe.num_experts ({moe.num_experts}); use "
+            f"one of {fits}, or {more} experts"
+        )
+    if layout.tp_whole_tower is not None:
+        yield (
+            f"distributed.tp_whole_tower: {layout.tp_whole_tower} given, but a decoder has no "
+            "towers; drop it"
+        )
+    if layout.sequence_parallel and config.context % (tp * layout.cp):
+        yield (
+            f"distributed.sequence_parallel: tp {tp} x cp {layout.cp} does not divide "
+            f"model.context ({config.context}); use a multiple of {tp * layout.cp}, or drop it"
+        )
+    yield from _context_problems(config, layout)
+
+
+def _context_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterator[str]:
+    if layout.cp == 1:
+        return
+    for error in row_length_errors(config.context, layout.cp):
+        yield f"distributed.{error}; rows are model.context long"
+    local = config.num_heads // layout.tp
+    if layout.cp_method == "ulysses" and local % layout.cp:
+        near = either(nearest(divisors(local), layout.cp))
+        yield (
+            f"distributed.cp: {layout.cp} given, but cp_method=ulysses shares {config.num_heads} "
+            f"heads / tp {layout.tp} among cp; use cp={near}, or cp_method=ring or all_gather"
+        )
+    if config.moe.capacity_factor is not None:
+        yield (
+            f"distributed.cp: {layout.cp} given, but model.moe.capacity_factor drops slots by "
+            "their order in a whole row; leave capacity_factor out, or use cp=1"
+        )
+
+
+def split_sizes(config: DualEncoderConfig, whole_tower: str | None) -> Iterator[tuple[str, int]]:
     """What a tensor-parallel degree must divide: its name and size."""
     vision = vision_config(config.vision_backbone, config.vision)
     text = text_config(config.text_backbone, config.text)
     for tower, sizes in (("vision", vision), ("text", text)):
-        yield f"model.{tower}'s num_heads", sizes.num_heads
-        yield f"model.{tower}'s mlp_width", sizes.mlp_width
+        if tower != whole_tower:
+            yield f"model.{tower}'s num_heads", sizes.num_heads
+            yield f"model.{tower}'s mlp_width", sizes.mlp_width
+
+
+def fp8_sides(config: DualEncoderConfig, whole_tower: str | None) -> Iterator[tuple[str, int]]:
+    """Sides of the blocks' weights that a tensor-parallel degree divides: their name and size."""
+    vision = vision_config(config.vision_backbone, config.vision)
+    text = text_config(config.text_backbone, config.text)
+    for tower, sizes in (("vision", vision), ("text", text)):
+        if tower != whole_tower:
+            yield f"model.{tower}'s width", sizes.width
+            yield f"model.{tower}'s mlp_width", sizes.mlp_width
+
+
+def depths(config: DualEncoderConfig) -> dict[str, int]:
+    """Blocks of each tower."""
+    vision = vision_config(config.vision_backbone, config.vision)
+    return {"vision": vision.depth, "text": text_config(config.text_backbone, config.text).depth}

@@ -1,37 +1,44 @@
-"""A linear layer whose three products take 8-bit floats: activations and weights in e4m3, gradients
-in e5m2, each cast where it is used, from parameters that stay in full precision.
+"""A linear layer whose three products take 8-bit floats, cast where they are used, from parameters
+that stay in full precision. How they are scaled: fp8_scaling.py.
 
-Source: Micikevicius et al. 2022 (FP8 formats for deep learning), sections 3 and 4.
-Left out: delayed scaling and blockwise scales, whose products torch has on a GPU only.
-Status: runs on CPU; not run on a GPU yet.
+Left out: products of a share of a weight, which are engine/parallel/fp8.py.
+Status: runs on CPU, where torch has no blockwise product and `_multiply` says what stands in for
+it. Not run on a GPU yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from carillon.kernels.fp8_cast.reference import Fp8Copies
-from carillon.kernels.table import resolve
+from carillon.engine.nn.fp8_scaling import Recipe, Role, Scaling
+from carillon.kernels.fp8_cast.reference import dequantize
 
-Recipe = Literal["tensorwise", "rowwise"]
-_UNIT = 16  # values along each side of a product, as tensor cores take them
+Codes = tuple[Tensor, Tensor]  # a matrix's 8-bit floats and their scales
+UNIT = 16  # values along each side of a product, as tensor cores take them
 
 
 class Fp8Linear(nn.Linear):
     """As nn.Linear, (..., in) -> (..., out), in bfloat16; the sums of its products are float32."""
 
-    recipe: Recipe
+    scaling: Scaling
+    takes_fp8 = True
 
     def forward(self, x: Tensor) -> Tensor:
-        y_MN: Tensor = _Product.apply(x.reshape(-1, self.in_features), self.weight, self.recipe)  # type: ignore[no-untyped-call]
-        if self.bias is not None:
-            y_MN = y_MN + self.bias.to(y_MN.dtype)
-        return y_MN.reshape(*x.shape[:-1], self.out_features)
+        if not self.takes_fp8:
+            return super().forward(x)
+        y = multiply_fp8(x, self.weight, self.scaling)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def multiply_fp8(x: Tensor, weight_NK: Tensor, scaling: Scaling) -> Tensor:
+    """x @ weight.T by 8-bit products: (..., K) -> (..., N), bfloat16."""
+    rows_MK = x.reshape(-1, x.shape[-1])
+    y_MN: Tensor = _Product.apply(rows_MK, weight_NK, scaling)  # type: ignore[no-untyped-call]
+    return y_MN.reshape(*x.shape[:-1], len(weight_NK))
 
 
 class _Product(torch.autograd.Function):
@@ -39,58 +46,43 @@ class _Product(torch.autograd.Function):
     pass, from one read each, and are all that is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, recipe: Recipe) -> Tensor:
+    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, scaling: Scaling) -> Tensor:
         num_rows = len(x_MK)
-        x = _copies(_whole_units(x_MK), recipe, torch.float8_e4m3fn)
-        weight = _copies(weight_NK, recipe, torch.float8_e4m3fn)
+        x = scaling.cast(whole_units(x_MK), Role.INPUT)
+        weight = scaling.cast(weight_NK, Role.WEIGHT)
         ctx.save_for_backward(x.column, x.column_scale, weight.column, weight.column_scale)
-        ctx.recipe, ctx.num_rows = recipe, num_rows
+        ctx.scaling, ctx.num_rows = scaling, num_rows
         ctx.dtypes = x_MK.dtype, weight_NK.dtype
-        return _multiply(x.row, x.row_scale, weight.row, weight.row_scale)[:num_rows]
+        y_MN = _multiply(scaling.recipe, (x.row, x.row_scale), (weight.row, weight.row_scale))
+        return y_MN[:num_rows]
 
     @staticmethod
     def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, Tensor, None]:
         x_column, x_scale, weight_column, weight_scale = ctx.saved_tensors
-        grad = _copies(_whole_units(grad_MN), ctx.recipe, torch.float8_e5m2)
+        recipe = ctx.scaling.recipe
+        grad = ctx.scaling.cast(whole_units(grad_MN), Role.GRADIENT)
         x_dtype, weight_dtype = ctx.dtypes
-        x_grad = _multiply(grad.row, grad.row_scale, weight_column, weight_scale)[: ctx.num_rows]
-        weight_grad = _multiply(grad.column, grad.column_scale, x_column, x_scale)
-        return x_grad.to(x_dtype), weight_grad.to(weight_dtype), None
+        x_grad = _multiply(recipe, (grad.row, grad.row_scale), (weight_column, weight_scale))
+        weight_grad = _multiply(recipe, (grad.column, grad.column_scale), (x_column, x_scale))
+        return x_grad[: ctx.num_rows].to(x_dtype), weight_grad.to(weight_dtype), None
 
 
-def _copies(x_MK: Tensor, recipe: Recipe, dtype: torch.dtype) -> Fp8Copies:
-    if x_MK.dtype not in (torch.float32, torch.bfloat16):
-        x_MK = x_MK.float()
-    copies = resolve("fp8_cast", x_MK.device)(x_MK, recipe, dtype, column=True)
-    return Fp8Copies(*copies)
+def _multiply(recipe: Recipe, a: Codes, b: Codes) -> Tensor:
+    """a (M, K) by b (N, K): a @ b.T, bfloat16, from codes and their scales.
 
-
-def _multiply(a_MK: Tensor, a_scale: Tensor, b_NK: Tensor, b_scale: Tensor) -> Tensor:
-    """a @ b.T in bfloat16; scales are () or one a row."""
+    On a CPU the blocks of both are given their values back first and multiplied in float32: the
+    same sum but for its order and its rounding to 24 bits.
+    """
+    (a_MK, a_scale), (b_NK, b_scale) = a, b
+    if recipe == "blockwise" and a_MK.device.type == "cpu":
+        return (dequantize(a_MK, a_scale) @ dequantize(b_NK, b_scale).t()).to(torch.bfloat16)
     b_scale = b_scale.t() if b_scale.dim() == 2 else b_scale
     return torch._scaled_mm(
         a_MK, b_NK.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16
     )
 
 
-def _whole_units(x_MK: Tensor) -> Tensor:
+def whole_units(x_MK: Tensor) -> Tensor:
     """Rows of zeros at the end, up to what a product takes; they change no scale."""
-    missing = -len(x_MK) % _UNIT
+    missing = -len(x_MK) % UNIT
     return F.pad(x_MK, (0, 0, 0, missing)) if missing else x_MK
-
-
-def to_fp8(blocks: Iterable[nn.Module], recipe: Recipe) -> None:
-    """Make the linear layers of transformer blocks take 8-bit products, in place.
-
-    Embeddings, norms, pools, projections and the loss keep their precision, and so does a layer
-    whose sides are no multiples of 16.
-    """
-    for block in blocks:
-        for module in block.modules():
-            if type(module) is nn.Linear and not _odd(module):
-                module.__class__ = Fp8Linear
-                cast(Fp8Linear, module).recipe = recipe
-
-
-def _odd(linear: nn.Linear) -> bool:
-    return linear.in_features % _UNIT != 0 or linear.out_features % _UNIT != 0

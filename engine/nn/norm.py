@@ -1,8 +1,8 @@
-"""Layer normalisation.
+"""Layer normalisation, with statistics of both moments or of the second alone.
 
 Under bf16 autocast the residual stream stays fp32 (parameters and sums are fp32, only matmul inputs
 are cast), so statistics are taken over fp32 inputs, and the result is cast once by the linear that
-reads it. Left out: RMSNorm, which no published CLIP uses.
+reads it.
 """
 
 from __future__ import annotations
@@ -31,4 +31,27 @@ class LayerNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (self.width,), self.weight, self.bias, self.eps)
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if x.dtype is torch.float32:  # a sharded model may gather them in bf16
+            weight, bias = weight.float(), None if bias is None else bias.float()
+        return F.layer_norm(x, (self.width,), weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) times a gain, over the last dim: (..., width) -> (..., width).
+
+    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4.
+    """
+
+    def __init__(self, width: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.width = width
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def init_weights(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.width,), self.weight, self.eps)

@@ -1,58 +1,75 @@
 """The only order in which a model is laid out: PP split -> TP/SP -> EP -> CP -> recompute ->
 compile -> FSDP.
 
-Data parallelism is FSDP2 on the (dp_replicate, fsdp) mesh in every case: plain replication is
-its corner with one shard, so there is one mechanism and one gradient reduction. Each must see what
-the one before it made. The axes that are missing join here, each as one call.
+Each must see what the one before it made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
-from carillon.engine.models.plans import DUAL_ENCODER
+from carillon.engine.config import UserError
+from carillon.engine.models.plans import decoder_problems, plan_of
+from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.dual_encoder import DualEncoder
-from carillon.engine.nn.fp8 import to_fp8
+from carillon.engine.nn.fp8_layers import to_fp8
+from carillon.engine.parallel.context import share_context
+from carillon.engine.parallel.expert import split_experts
+from carillon.engine.parallel.fp8 import split_fp8
+from carillon.engine.parallel.fsdp import shard_over_data
 from carillon.engine.parallel.mesh import DistributedConfig, World
-from carillon.engine.parallel.tensor import split_tensors
+from carillon.engine.parallel.tensor import overlap_exchange, split_tensors
+
+M = TypeVar("M", DualEncoder, Decoder)
 
 
-def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) -> DualEncoder:
-    """Lay `model` out over the world, in place; returns it."""
+def apply_layout(model: M, config: DistributedConfig, world: World) -> M:
+    """Lay `model` out over the world, in place; returns it.
+
+    Raises UserError for a layout that a decoder cannot have.
+    """
+    if isinstance(model, Decoder):
+        problems = list(decoder_problems(model.config, config))
+        if problems:
+            raise UserError("; ".join(problems))
     model.to(world.device)
     tp = world.axis("tp")
     if tp is not None:
-        split_tensors(model, DUAL_ENCODER, tp)
+        plan = plan_of(model, config.tp_whole_tower)
+        split_tensors(model, plan, tp, by_tokens=config.sequence_parallel)
+        if config.async_tp:
+            overlap_exchange(tp)
+    split_experts(model, world, config.dispatcher)
+    context = world.axis("cp")
+    if context is not None:
+        share_context(model, config.cp_method, context.get_group())
     if config.precision == "fp8":
-        to_fp8(model.blocks(), config.fp8_recipe)
+        layers = to_fp8(
+            model,
+            config.fp8_recipe,
+            provider=config.fp8_provider,
+            keep_blocks=config.fp8_keep_blocks,
+            history=config.fp8_history,
+        )
+        split_fp8(layers.values(), world.group)
     model.set_recompute(config.grad_checkpointing)
     if config.compile:
         # Split blocks are compiled per length: with symbolic sizes DTensor recurses without end.
         dynamic = world.degrees.tp == 1
-        for block in model.blocks():
+        for block in _blocks(model):
             block.compile(dynamic=dynamic)
-    mesh = world.fsdp_mesh
-    if mesh is not None:
-        reshard = config.zero_stage == 3
-        for block in _units(model, world):
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-        fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+    reshard = config.zero_stage == 3
+    shard_over_data(model, [model], _blocks(model), config, world, reshard=reshard)
     return model
 
 
-def _units(model: DualEncoder, world: World) -> Iterator[nn.Module]:
-    """Parts that communicate on their own: the blocks, so that they overlap with compute.
-
-    Replicas on CPUs have nothing to overlap with and nothing to free: one exchange of all gradients
-    at the end is quicker there.
-    """
-    if world.device.type == "cpu" and world.degrees.dp_shard == 1:
-        return iter(())
-    return model.blocks()
+def _blocks(model: DualEncoder | Decoder) -> Iterator[nn.Module]:
+    return iter(model.blocks) if isinstance(model, Decoder) else model.blocks()
 
 
 @contextmanager

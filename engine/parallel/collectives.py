@@ -22,17 +22,15 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
+        local = local.contiguous()
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, local.contiguous(), group=group)
+        dist.all_gather(parts, local, group=group)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # Every rank used every row: a row's gradient is the sum over ranks of its slice.
-        parts = [part.contiguous() for part in grad.chunk(dist.get_world_size(ctx.group))]
-        own = torch.empty_like(parts[0])
-        dist.reduce_scatter(own, parts, group=ctx.group)
-        return own, None
+        return scatter_sums(grad, ctx.group), None
 
 
 def gather_rows(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -46,11 +44,11 @@ def gather_rows(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return gathered
 
 
-class _ExchangeShares(torch.autograd.Function):
+class _ExchangeBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shares: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _all_to_all(shares, group)
+        return _all_to_all(blocks, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -58,9 +56,19 @@ class _ExchangeShares(torch.autograd.Function):
 
 
 def _all_to_all(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    values = values.contiguous()
     received = torch.empty_like(values)
-    dist.all_to_all_single(received, values.contiguous(), group=group)
+    dist.all_to_all_single(received, values, group=group)
     return received
+
+
+def exchange_blocks(blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Block i goes to rank i; those that arrive are in the order of the senders.
+
+    Shapes: (world, ...) -> (world, ...). The backward pass sends gradients back the same way.
+    """
+    exchanged: Tensor = _ExchangeBlocks.apply(blocks, group)  # type: ignore[no-untyped-call]
+    return exchanged
 
 
 def exchange_shares(shares: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -70,8 +78,98 @@ def exchange_shares(shares: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """
     if group is None:
         return shares.unsqueeze(0)
-    exchanged: Tensor = _ExchangeShares.apply(shares, group)  # type: ignore[no-untyped-call]
-    return exchanged.view(dist.get_world_size(group), -1)
+    return exchange_blocks(shares.view(dist.get_world_size(group), -1), group)
+
+
+def scatter_sums(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks of a rank's own rows, without gradient: (world x n, ...) -> (n, ...)."""
+    parts = [part.contiguous() for part in values.chunk(dist.get_world_size(group))]
+    own = torch.empty_like(parts[0])
+    dist.reduce_scatter(own, parts, group=group)
+    return own
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.sizes, ctx.group = (send, receive), group
+        return _send_rows(rows, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        send, receive = ctx.sizes
+        return _send_rows(grad, receive, send, ctx.group), None, None, None
+
+
+def _send_rows(
+    rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    received = rows.new_empty((sum(receive), *rows.shape[1:]))
+    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    return received
+
+
+def exchange_rows(
+    rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    """`send[i]` rows to rank i, in rank order, and `receive[i]` from it, in rank order.
+
+    Shapes: (sum of send, ...) -> (sum of receive, ...). The backward pass sends them back.
+    """
+    exchanged: Tensor = _ExchangeRows.apply(rows, send, receive, group)  # type: ignore[no-untyped-call]
+    return exchanged
+
+
+class _SumGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return sum_over(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
+
+
+def sum_gradients(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The identity on what all ranks have; the backward pass sums what each makes of it."""
+    same: Tensor = _SumGradients.apply(values, group)  # type: ignore[no-untyped-call]
+    return same
+
+
+class _SumShares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return sum_over(share.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def sum_shares(share: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Element-wise sum over ranks, which all then have; each share's gradient is the sum's."""
+    total: Tensor = _SumShares.apply(share, group)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def scale_gradient(values: Tensor, factor: float) -> Tensor:
+    """The identity; its gradient is multiplied by `factor`."""
+    same: Tensor = _ScaleGradient.apply(values, factor)  # type: ignore[no-untyped-call]
+    return same
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -100,4 +198,11 @@ def sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Element-wise sum over ranks, without gradient, in place."""
     if group is not None:
         dist.all_reduce(values, group=group)
+    return values
+
+
+def largest_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Element-wise largest over ranks, without gradient, in place."""
+    if group is not None:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
     return values

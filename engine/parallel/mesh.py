@@ -2,15 +2,16 @@
 
 Experts have no axis of their own: their ep processes are neighbours in dp_shard x cp, which for
 other weights shard one replica. So there are up to three views of the same processes, in the same
-order (`Meshes`). Data and tensor parallelism run today; pp, cp and ep are laid out and refused
-above 1 until their mechanisms join. `zero_stage` in the PRD's terms maps onto FSDP2: 0 replicates,
-1 and 2 shard parameters but keep them gathered between forward and backward, 3 frees them again.
-The meshes are passed in, never global.
+order (`Meshes`). Data, tensor, expert and context parallelism run today; pp is laid out and refused
+above 1 until its mechanism joins. `zero_stage` in the PRD's terms maps onto FSDP2: 0 replicates, 1
+and 2 shard parameters but keep them gathered between forward and backward, 3 frees them again. The
+meshes are passed in, never global.
 Status: runs on CPU with gloo; CUDA with NCCL has not run on a GPU yet.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,12 +22,36 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from carillon.engine.config import UserError, changed, setting
+from carillon.engine.config import UserError, changed, section, setting
+from carillon.engine.nn.fp8_layers import Provider, provider_problems
+from carillon.engine.nn.fp8_scaling import Recipe
+from carillon.engine.parallel.determinism import nondeterministic
 
 SAMPLE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DENSE_AXES = ("pp", "dp_replicate", "fsdp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "expert_fsdp", "ep", "tp")
 Axis = Literal["pp", "cp", "ep", "tp"]
+ContextMethod = Literal["ulysses", "ring", "all_gather"]
+Dispatcher = Literal["auto", "all_to_all", "deepep"]
+DEEPEP = "deep_ep"  # the package
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8ShadowConfig:
+    """`distributed.fp8_shadow`: a second look at fp8's loss, by bfloat16 products."""
+
+    every: int = setting(
+        0, "Steps between two looks at the same batch with bf16 products; 0: none.", min=0
+    )
+    bound: float = setting(
+        0.02, "The largest |fp8 - bf16| / bf16 of the loss that is in order.", min=1e-6, max=1.0
+    )
+    patience: int = setting(3, "Stop after so many looks in a row above the bound.", min=1)
+
+    def check(self) -> Iterator[str]:
+        if self.every == 0:
+            for name in changed(self, "bound", "patience"):
+                yield f"{name}: {getattr(self, name)} given, but every is 0; set every, or drop it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +65,15 @@ class DistributedConfig:
     zero_stage: Literal[0, 1, 2, 3] = setting(
         0, "0 replicates; 1 and 2 shard the state; 3 frees gathered weights too.", hashed=False
     )
+    fsdp_gather: Literal["fp32", "bf16"] = setting(
+        "fp32", "What the blocks' weights are gathered in; they are kept in fp32."
+    )
+    fsdp_reduce: Literal["fp32", "bf16"] = setting(
+        "fp32", "What the blocks' gradients are summed over the data processes in."
+    )
+    fsdp_offload: bool = setting(
+        False, "Keep shards of weights, gradients and moments in host memory.", hashed=False
+    )
     dp_replicate: int | None = setting(
         None, "Replicas; none: all processes when zero_stage is 0, else 1.", min=1, hashed=False
     )
@@ -48,9 +82,32 @@ class DistributedConfig:
     )
     pp: int = setting(1, "Pipeline stages.", min=1, hashed=False)
     cp: int = setting(1, "Context-parallel processes.", min=1, hashed=False)
+    cp_method: ContextMethod = setting(
+        "ring",
+        "How attention sees the other tokens: heads exchanged, keys in a ring, or gathered keys.",
+        hashed=False,
+    )
     tp: int = setting(1, "Tensor-parallel processes.", min=1, hashed=False)
+    tp_whole_tower: Literal["vision", "text"] | None = setting(
+        None,
+        "A tower too small to be split: every tensor-parallel process computes all of it.",
+        hashed=False,
+    )
+    sequence_parallel: bool = setting(
+        False,
+        "With tp: the residual stream lies by tokens between a block's products.",
+        hashed=False,
+    )
+    async_tp: bool = setting(
+        False,
+        "With sequence_parallel, compile and CUDA: products overlap with their exchange.",
+        hashed=False,
+    )
     ep: int = setting(
         1, "Processes that split the experts; divides dp_shard x cp.", min=1, hashed=False
+    )
+    dispatcher: Dispatcher = setting(
+        "auto", "How tokens get to experts of other processes: auto is all_to_all.", hashed=False
     )
     grad_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass.", hashed=False
@@ -58,8 +115,23 @@ class DistributedConfig:
     precision: Literal["fp32", "bf16", "fp8"] = setting(
         "bf16", "Arithmetic of the towers' products; fp8: those of the blocks, bf16 elsewhere."
     )
-    fp8_recipe: Literal["tensorwise", "rowwise"] = setting(
-        "tensorwise", "Scales of 8-bit floats: one a tensor, or one a row."
+    fp8_recipe: Recipe = setting(
+        "tensorwise",
+        "Scales of 8-bit floats: one a tensor, a row or a block of 128, or of the last steps' "
+        "amaxes (delayed).",
+    )
+    fp8_history: int = setting(16, "Steps whose amaxes delayed scaling keeps.", min=1, max=65_536)
+    fp8_provider: Provider = setting(
+        "auto", "Who computes 8-bit products; auto is native, our own casts.", hashed=False
+    )
+    fp8_keep_blocks: int = setting(
+        0, "Blocks at either end of each tower that stay in bf16.", min=0, max=1024
+    )
+    fp8_shadow: Fp8ShadowConfig = section(Fp8ShadowConfig, hashed=False)
+    deterministic: bool = setting(
+        False,
+        "The same layout gives the same bits in every run, where it may be slower.",
+        hashed=False,
     )
     compile: bool = setting(False, "Compile the towers' blocks with torch.compile.")
     timeout_s: int = setting(1800, "A collective that takes longer fails.", min=10, hashed=False)
@@ -72,28 +144,81 @@ class DistributedConfig:
     )
 
     def check(self) -> Iterator[str]:
-        for axis in ("pp", "cp", "ep"):
-            if getattr(self, axis) > 1:
-                yield (
-                    f"{axis}: {getattr(self, axis)} given; this axis comes with the parallel "
-                    f"layouts (after data parallel and FSDP). Set distributed.{axis}=1"
-                )
+        if self.pp > 1:
+            yield (
+                f"pp: {self.pp} given; this axis comes with the parallel layouts (after data "
+                "parallel and FSDP). Set distributed.pp=1"
+            )
         if self.zero_stage == 0 and (self.dp_shard or 1) > 1:
             yield (
                 f"dp_shard: {self.dp_shard} given, but zero_stage=0 shards nothing; set "
                 "distributed.zero_stage=1, 2 or 3, or drop dp_shard"
             )
-        if self.precision != "fp8" and changed(self, "fp8_recipe"):
-            yield f"fp8_recipe: {self.fp8_recipe} given, but precision is {self.precision}; drop it"
-        if self.precision == "fp8" and self.tp > 1:
-            yield (
-                f"precision: fp8 does not run with tensor parallelism yet (tp={self.tp}); use "
-                "bf16, or tp=1"
-            )
+        if self.dispatcher != "auto" and self.ep == 1:
+            yield f"dispatcher: {self.dispatcher} given, but ep is 1: nothing is sent; drop it"
+        elif self.dispatcher == "deepep":
+            yield from self._check_deepep()
+        if self.cp == 1 and changed(self, "cp_method"):
+            yield f"cp_method: {self.cp_method} given, but cp is 1; drop it, or raise cp"
+        if self.tp == 1:
+            for name in ("tp_whole_tower", "sequence_parallel", "async_tp"):
+                if changed(self, name):
+                    yield f"{name}: {getattr(self, name)} given, but tp is 1; drop it, or set tp"
+        elif self.async_tp and not (self.sequence_parallel and self.compile):
+            yield "async_tp: needs sequence_parallel=true and compile=true; set them, or drop it"
+        elif self.async_tp and not torch.cuda.is_available():
+            yield "async_tp: needs CUDA devices and there is none; drop it"
+        yield from self._check_fp8()
+        if self.precision == "fp32":
+            for name in changed(self, "fsdp_gather", "fsdp_reduce"):
+                yield f"{name}: {getattr(self, name)} given, but precision is fp32; drop it"
+        if self.fsdp_offload and not torch.cuda.is_available():
+            yield "fsdp_offload: it frees a GPU's memory and there is no GPU; drop it"
+        if self.deterministic:
+            yield from nondeterministic(self)
         if self.backend == "nccl" and not torch.cuda.is_available():
             yield "backend: nccl needs a CUDA device and there is none; use auto or gloo"
         if self.device == "cuda" and not torch.cuda.is_available():
             yield "device: cuda asked for and there is none; use auto or cpu"
+
+    def _check_deepep(self) -> Iterator[str]:
+        if importlib.util.find_spec(DEEPEP) is None:
+            yield (
+                f"dispatcher: deepep given, but the package {DEEPEP} is not installed; build it "
+                "from https://github.com/deepseek-ai/DeepEP, or use auto or all_to_all"
+            )
+        if self.precision == "fp32":
+            yield (
+                "dispatcher: deepep sends bfloat16 only, but precision is fp32; use precision "
+                "bf16, or dispatcher auto or all_to_all"
+            )
+
+    def _check_fp8(self) -> Iterator[str]:
+        if self.precision != "fp8":
+            names = ("fp8_recipe", "fp8_history", "fp8_provider", "fp8_keep_blocks")
+            for name in changed(self, *names):
+                given = getattr(self, name)
+                yield f"{name}: {given} given, but precision is {self.precision}; drop it"
+            if self.fp8_shadow.every:
+                yield f"fp8_shadow: given, but precision is {self.precision}; drop it"
+            return
+        yield from provider_problems(self.fp8_provider, self.fp8_recipe)
+        if self.fp8_recipe != "delayed" and changed(self, "fp8_history"):
+            yield f"fp8_history: {self.fp8_history} given, but fp8_recipe is {self.fp8_recipe}"
+        if self.fp8_provider not in ("auto", "native") and self.tp > 1:
+            yield (
+                f"fp8_provider: {self.fp8_provider} does not multiply shares (tp={self.tp}); use "
+                "native, or tp=1"
+            )
+        if self.compile and self.fp8_recipe == "delayed":
+            yield "fp8_recipe: delayed is not compiled yet; use tensorwise, or compile=false"
+        if self.compile and self.tp > 1:
+            yield f"compile: fp8 with tp={self.tp} is not compiled yet; use compile=false, or bf16"
+        if self.fp8_recipe == "delayed" and self.pp > 1:
+            yield (
+                f"fp8_recipe: delayed does not run with pipeline stages yet (pp={self.pp}); use "
+                "tensorwise, or pp=1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,8 @@ class Split(Enum):
     ROWS = "a linear's inputs: a share of the features in, whole features out (one sum)"
     VOCABULARY = "an embedding's rows: whole ids in, whole features out (one sum)"
     HEADS = "nothing: a norm that all heads share, applied to a share of the heads (dim 1)"
+    ROW_HEADS = "the same where heads come after the tokens of a row (dim 2)"
+    STREAM = "with sequence parallelism: the residual stream of a stack of blocks, by tokens"
 
 
 Plan = Mapping[str, Split]

@@ -25,6 +25,7 @@ from carillon.engine.eval.suite import check_in_training, evaluate_in_training
 from carillon.engine.log import Sink, configure_logging, logger, open_sinks
 from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.parallel.apply import apply_layout
+from carillon.engine.parallel.determinism import fixed_order
 from carillon.engine.parallel.mesh import World, degrees_of, start_world
 from carillon.engine.parallel.watchdog import Watchdog
 from carillon.engine.registry.recorder import RunRecorder
@@ -53,7 +54,11 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
     check_layout(config, world_size)
     # A worker group that torchrun restarts goes on; only its first start is fresh.
     fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    with Watchdog(config.distributed.watchdog_s) as watchdog, StopRequest().listening() as stop:
+    with (
+        fixed_order(config.distributed.deterministic),
+        Watchdog(config.distributed.watchdog_s) as watchdog,
+        StopRequest().listening() as stop,
+    ):
         world = start_world(config.distributed)
         watchdog.join()
         return _train(config, world, fresh, stop)

@@ -41,12 +41,13 @@ from carillon.engine.eval.suite import EvaluationConfig
 from carillon.engine.log import LoggingConfig
 from carillon.engine.losses.contrastive import LossConfig
 from carillon.engine.models.catalog import text_config
-from carillon.engine.models.plans import split_sizes
+from carillon.engine.models.plans import depths, fp8_sides, split_sizes
 from carillon.engine.models.towers.dual_encoder import (
     DualEncoder,
     DualEncoderConfig,
     build_dual_encoder,
 )
+from carillon.engine.nn.fp8 import UNIT as FP8_UNIT
 from carillon.engine.parallel.mesh import DistributedConfig
 from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints, write_durably
 from carillon.engine.train.checkpoint_reader import read_tensors
@@ -115,16 +116,49 @@ class RunConfig:
             context = text_config(self.model.text_backbone, self.model.text).context
         except UserError:  # an unknown backbone, which the model section reports
             return
-        tp = self.distributed.tp
-        for name, size in split_sizes(self.model) if tp > 1 else ():
+        tp, ep, whole = (
+            self.distributed.tp,
+            self.distributed.ep,
+            self.distributed.tp_whole_tower,
+        )
+        if ep > 1:
+            yield f"distributed.ep: {ep} given, but a dual encoder has no experts; use ep=1"
+        for name, size in split_sizes(self.model, whole) if tp > 1 else ():
             if size % tp:
                 fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
                 yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"
+        if self.distributed.cp > 1:
+            yield (
+                f"distributed.cp: {self.distributed.cp} given, but the dual encoder's sequences "
+                "are short: they are not cut. Set distributed.cp=1, and give those processes to "
+                "data parallelism (distributed.zero_stage) or tp"
+            )
+        if self.distributed.precision == "fp8":
+            yield from self._check_fp8()
         asked = self.data.augment.text.max_len
         if asked is not None and asked > context:
             yield (
                 f"data.augment.text.max_len: {asked} is more than the text model's context "
                 f"({context}); raise model.text.context to it, or lower max_len"
+            )
+
+    def _check_fp8(self) -> Iterator[str]:
+        tp, kept = self.distributed.tp, self.distributed.fp8_keep_blocks
+        sides = fp8_sides(self.model, self.distributed.tp_whole_tower) if tp > 1 else ()
+        for name, size in sides:
+            if size % FP8_UNIT == 0 and size // tp % FP8_UNIT:  # 8 bits in one process only
+                fits = ", ".join(
+                    str(n) for n in range(1, tp) if size % n == 0 and size // n % FP8_UNIT == 0
+                )
+                yield (
+                    f"distributed.tp: {tp} leaves a share of {name} ({size}) that is no multiple "
+                    f"of {FP8_UNIT}, as 8-bit products need; use one of {fits}, or precision=bf16"
+                )
+        if all(2 * kept >= depth for depth in depths(self.model).values()):
+            deepest = max(depths(self.model).values())
+            yield (
+                f"distributed.fp8_keep_blocks: {kept} at either end leave none of up to {deepest} "
+                f"blocks in 8 bits; use at most {(deepest - 1) // 2}, or precision=bf16"
             )
 
 
@@ -313,12 +347,13 @@ def find_checkpoint(path: Path, which: str) -> Checkpoint:
 
 
 _TRACKERS = ("wandb", "mlflow")
+_PLACES = ("backend", "device", "fp8_provider")
 
 
 def read_config(path: Path) -> RunConfig:
     """The config of a run on disk, less what bound it to the machine that trained it."""
     values = read_values(path / "config.yaml")
-    for name, portable in (("distributed", ("backend", "device")), ("logging", _TRACKERS)):
+    for name, portable in (("distributed", _PLACES), ("logging", _TRACKERS)):
         section_values = values.get(name)
         if isinstance(section_values, dict):
             for key in portable:

@@ -45,6 +45,30 @@ def forward_backward(
     return _cached_gradients(model, objective, microbatches, group, autocast)
 
 
+@torch.no_grad()
+def loss_alone(
+    model: DualEncoder,
+    objective: Objective,
+    microbatches: list[Batch],
+    *,
+    group: dist.ProcessGroup | None,
+    autocast: Autocast,
+) -> Tensor:
+    """The loss of this process's batch, as `forward_backward` returns it, and nothing else.
+
+    Where parameters are sharded, call it before `forward_backward`: that frees what this gathered.
+    """
+    parts = [_features(model, batch, autocast) for batch in microbatches]
+    features = DualFeatures(
+        image=torch.cat([part.image for part in parts]),
+        text=torch.cat([part.text for part in parts]),
+        scale=parts[0].scale,
+        bias=parts[0].bias,
+    )
+    ids = [batch.ids for batch in microbatches if batch.ids is not None]
+    return objective(features, group, torch.cat(ids) if ids else None)
+
+
 def _cached_gradients(
     model: DualEncoder,
     objective: Objective,

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,23 @@ from carillon.engine.data.order import stable_hash
 from carillon.engine.log import Progress, Sink, cut_jsonl, logger
 from carillon.engine.losses.contrastive import ContrastiveObjective
 from carillon.engine.models.towers.dual_encoder import DualEncoder
-from carillon.engine.parallel.collectives import by_mesh, gradient_norm, sum_over, whole
+from carillon.engine.nn.fp8_layers import delayed_scaling, full_products
+from carillon.engine.parallel.collectives import (
+    by_mesh,
+    gradient_norm,
+    largest_over,
+    sum_over,
+    whole,
+)
 from carillon.engine.parallel.mesh import World
 from carillon.engine.train.checkpoint import Checkpoint, CheckpointStore
 from carillon.engine.train.checkpoint_reader import read_tensors
+from carillon.engine.train.fp8_shadow import Fp8Shadow
 from carillon.engine.train.guard import StepGuard, TrainingStopped
 from carillon.engine.train.optim import NamedAdamW, WeightAverage, learning_rate
 from carillon.engine.train.profile import Throughput, peak_flops
 from carillon.engine.train.run import RunConfig
-from carillon.engine.train.step import forward_backward
+from carillon.engine.train.step import forward_backward, loss_alone
 from carillon.engine.train.stop import StopRequest
 
 # Called on every rank with the step and the whole weights; returns metrics on the main rank.
@@ -70,6 +79,8 @@ class Trainer:
         self.average = WeightAverage(model, decay) if decay is not None else None
         self.objective = ContrastiveObjective(config.loss.itc)
         self.guard = StepGuard(optimization.guard)
+        self.fp8_scaling = delayed_scaling(model)
+        self.shadow = Fp8Shadow(config.distributed.fp8_shadow)
         self.store = CheckpointStore(
             path / "checkpoints",
             keep_last=config.logging.keep_last,
@@ -106,6 +117,9 @@ class Trainer:
                 f"checkpoint {checkpoint.path} is of a run with other settings (config "
                 f"{trained[:8]}, this is {asked[:8]}); move that folder away"
             )
+        self.shadow.load_state_dict(state["fp8_shadow"])
+        if self.fp8_scaling is not None:
+            self.fp8_scaling.load_state_dict(state["fp8_scaling"])
         self.store.protect(set(self.best))
 
     def fit(self, sinks: list[Sink], on_checkpoint: OnCheckpoint) -> bool:
@@ -145,7 +159,8 @@ class Trainer:
             if meter is not None and progress is not None:
                 pairs = self.config.data.batch_size
                 meter.add(pairs=pairs, flops=self._flops(batch), waited_s=waited_s)
-                shown = values | meter.rates() if self._due_log() else None
+                written = self._due_log() or self.shadow.due(self.step)
+                shown = values | meter.rates() if written else None
                 if shown is not None:
                     self._write(shown)
                 speed_s = (time.monotonic() - started) / (self.step - first)
@@ -200,14 +215,10 @@ class Trainer:
         self._report_batch(batch)
         torch.manual_seed(stable_hash(self.config.experiment.seed, "step", self.step))
         local = batch.to(self.world.device)
-        size = self.config.data.micro_batch_size or len(batch.keys)
-        loss = forward_backward(
-            self.model,
-            self.objective,
-            local.microbatches(size),
-            group=self.world.data_group,
-            autocast=self._autocast,
-        )
+        parts = local.microbatches(self.config.data.micro_batch_size or len(batch.keys))
+        group, autocast = self.world.data_group, self._autocast
+        shadow = self._shadow_loss(parts) if self.shadow.due(self.step + 1) else None
+        loss = forward_backward(self.model, self.objective, parts, group=group, autocast=autocast)
         norm = self._clip()
         mean_loss, stop, counts = self._reduce(loss)
         self._loss = mean_loss
@@ -223,13 +234,32 @@ class Trainer:
             if self.average is not None:
                 self.average.update(self.model)
         self.optimizer.zero_grad()
+        if self.fp8_scaling is not None:
+            largest = partial(largest_over, group=self.world.group)
+            self.fp8_scaling.end_step(largest, counts=not verdict.skip)
         self.guard.check()
         self.loader.check_bad_share(**counts)
         values = {"loss": mean_loss, "lr": rate, "grad_norm": norm, "skipped": float(verdict.skip)}
         values["epoch"] = self.loader.position / self.loader.samples.held_out.num_training
         values["bad_samples"] = float(counts["num_bad"])
         values["filtered_samples"] = float(counts["num_filtered"])
+        if shadow is not None:
+            values["fp8_gap"] = self.shadow.judge(mean_loss, shadow)
+            self.shadow.check()
         return values, stop
+
+    def _shadow_loss(self, parts: list[Batch]) -> float:
+        """Of the global batch and the weights before this step, by bfloat16 products."""
+        with full_products(self.model):
+            loss = loss_alone(
+                self.model,
+                self.objective,
+                parts,
+                group=self.world.data_group,
+                autocast=self._autocast,
+            )
+        total = sum_over(loss.detach().double().reshape(1), self.world.group)
+        return float(total) / self.world.size
 
     def _clip(self) -> float:
         limit = self.config.optimization.clip_norm or math.inf
@@ -313,6 +343,9 @@ class Trainer:
         tensors |= {f"optimizer.{name}": value for name, value in moments.items()}
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.average.tensors.items()}
+        if self.fp8_scaling is not None:
+            scales = self.fp8_scaling.state_tensors()
+            tensors |= {f"fp8.{name}": value for name, value in scales.items()}
         return tensors
 
     def _save(self) -> None:
@@ -324,6 +357,8 @@ class Trainer:
             "best": {str(step): metric for step, metric in self.best.items()},
             "loader": self._loader_state(),
             "guard": self.guard.state_dict(),
+            "fp8_shadow": self.shadow.state_dict(),
+            "fp8_scaling": self.fp8_scaling and self.fp8_scaling.state_dict(),
             "config_hash": config_hash(self.config),
             "world_size": self.world.size,
         }

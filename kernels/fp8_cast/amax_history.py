@@ -17,7 +17,7 @@ from carillon.kernels.fp8_cast.reference import FP8_MAX, MIN_SCALE
 
 
 class AmaxHistory:
-    """The last amaxes of one tensor of a model, and the scale that follows from them.
+    """The last amaxes of one tensor of a model, or of several, and the scale that follows.
 
     cast:   `copies = fp8_cast(x, "tensorwise", dtype, history.scale)`, then
             `history.record(copies.amax)`; before the first record the scale is 1.
@@ -29,9 +29,12 @@ class AmaxHistory:
         dtype: torch.dtype,
         *,
         margin: int = 0,
+        shape: tuple[int, ...] = (),
         device: torch.device | str = "cpu",
     ) -> None:
         """`length` amaxes are kept; `margin` leaves room for 2^margin times the largest of them.
+
+        With a `shape`, amaxes and scales have it: one of each tensor, all recorded at a time.
 
         Raises:
             ValueError: a length below 1, a dtype that is not fp8, a margin outside 0 to 16.
@@ -45,34 +48,37 @@ class AmaxHistory:
         if not 0 <= margin <= 16:
             raise ValueError(f"AmaxHistory: margin must be between 0 and 16, got {margin}")
         self._divisor = FP8_MAX[dtype] / 2.0**margin
-        self._amaxes = torch.zeros(length, dtype=torch.float32, device=device)
-        self._next = 0
-        self.scale = torch.ones((), dtype=torch.float32, device=device)
+        self._shape = shape
+        self.amaxes = torch.zeros((length, *shape), dtype=torch.float32, device=device)
+        self.position = 0
+        self.scale = torch.ones(shape, dtype=torch.float32, device=device)
 
     def record(self, amax: Tensor) -> None:
         """Counts the amax of one cast and sets `scale` for the next.
 
-        Shapes: amax (), float32, on the device of the history.
+        Shapes: amax as the history's `shape`, float32, on the device of the history.
 
         Raises:
             ValueError: an amax of another shape, dtype or device.
         """
-        own = self._amaxes
-        if amax.numel() != 1 or amax.dtype != torch.float32 or amax.device != own.device:
+        own = self.amaxes
+        count = self.scale.numel()
+        if amax.numel() != count or amax.dtype != torch.float32 or amax.device != own.device:
             raise ValueError(
-                f"AmaxHistory: amax must be one float32 value on {own.device}, got "
+                f"AmaxHistory: amax must be {'one' if count == 1 else count} float32 "
+                f"value{'s' if count > 1 else ''} on {own.device}, got "
                 f"{amax.numel()} of {amax.dtype} on {amax.device}"
             )
-        value = amax.detach().reshape(())
-        own[self._next] = torch.where(value.isfinite(), value, 0.0)
-        self._next = (self._next + 1) % len(own)
-        largest = own.amax()
+        value = amax.detach().reshape(self._shape)
+        own[self.position] = torch.where(value.isfinite(), value, 0.0)
+        self.position = (self.position + 1) % len(own)
+        largest = own.amax(0)
         scale = (largest / self._divisor).clamp_min(MIN_SCALE)
         # A new tensor: the scale of an earlier cast is still held by its copies.
         self.scale = torch.where(largest == 0, self.scale, scale)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"amaxes": self._amaxes.clone(), "next": self._next, "scale": self.scale.clone()}
+        return {"amaxes": self.amaxes.clone(), "next": self.position, "scale": self.scale.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where the state was taken, on this history's device.
@@ -85,11 +91,11 @@ class AmaxHistory:
                 f"AmaxHistory: the state must have amaxes, next and scale, got {sorted(state)}"
             )
         amaxes, position = state["amaxes"], int(state["next"])
-        if amaxes.shape != self._amaxes.shape or not 0 <= position < len(self._amaxes):
+        if amaxes.shape != self.amaxes.shape or not 0 <= position < len(self.amaxes):
             raise ValueError(
                 f"AmaxHistory: the state is of {amaxes.numel()} amaxes at {position}, "
-                f"this history has {len(self._amaxes)}"
+                f"this history has {len(self.amaxes)}"
             )
-        self._amaxes.copy_(amaxes)
-        self._next = position
+        self.amaxes.copy_(amaxes)
+        self.position = position
         self.scale = state["scale"].to(self.scale, copy=True)

@@ -68,12 +68,8 @@ def packed_attention(
     lses = [outs[0].sum(2)]
     for s in range(len(starts_q) - 1):
         rows, keys = slice(starts_q[s], starts_q[s + 1]), slice(starts_k[s], starts_k[s + 1])
-        visible_lm = None
-        if causal:
-            l, m = rows.stop - rows.start, keys.stop - keys.start  # noqa: E741
-            prefix = 0 if prefixes is None else prefixes[s]
-            index_m = torch.arange(m, device=q_QHD.device)
-            visible_lm = index_m < visible_keys(l, m, prefix, q_QHD.device)[:, None]
+        prefix = 0 if prefixes is None else prefixes[s]
+        visible_lm = _mask(rows, keys, prefix, q_QHD.device) if causal else None
         out, lse = _attend(q_HQD[:, rows] * factor, k_HKD[:, keys], v_HKD[:, keys], visible_lm)
         outs.append(out)
         lses.append(lse)
@@ -118,10 +114,10 @@ def packed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of packed_attention with respect to q, k and v, in their shapes and dtype.
 
-    `grad_lse` None is a gradient of zeros. The reference differentiates the definition; the other
-    providers recompute the weights P = exp(scale * q k^T - lse) and take
-    dS = P * (dO v^T - rowsum(dO * out) + grad_lse), dq = scale * dS k, dk = scale * dS^T q,
-    dv = P^T dO. Sums are float32.
+    `grad_lse` None is a gradient of zeros. Weights are taken anew, P = exp(scale * q k^T - lse),
+    and dS = P * (dO v^T - rowsum(dO * out) + grad_lse), dq = scale * dS k, dk = scale * dS^T q,
+    dv = P^T dO. Sums are float32. Keys may come in parts: with out and lse of all keys, merged, a
+    call over some of them gives their dk and dv, and their terms of dq.
 
     Raises:
         ValueError: as packed_attention; a gradient or result of another shape, dtype or device.
@@ -131,12 +127,44 @@ def packed_attention_backward(
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check(q_QHD, k_KGD, v_KGD, *lengths, causal, prefix_lengths, scale)
     check_backward(grad_out_QHD, grad_lse_HQ, q_QHD, out_QHD, lse_HQ)
-    with torch.enable_grad():
-        q, k, v = inputs = [x.detach().requires_grad_() for x in (q_QHD, k_KGD, v_KGD)]
-        out, lse = packed_attention(q, k, v, *lengths, causal, prefix_lengths, scale)
-        grad_lse = torch.zeros_like(lse) if grad_lse_HQ is None else grad_lse_HQ
-        dq, dk, dv = torch.autograd.grad([out, lse], inputs, [grad_out_QHD, grad_lse])
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    starts_q, starts_k, prefixes = check_values(
+        q_QHD, k_KGD, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, prefix_lengths
+    )
+    factor = default_scale(q_QHD.shape[2]) if scale is None else scale
+    q, grad_out, out = (_grouped(x, k_KGD.shape[1]) for x in (q_QHD, grad_out_QHD, out_QHD))
+    k, v = (_grouped(x, k_KGD.shape[1]) for x in (k_KGD, v_KGD))
+    lse, delta = torch.unflatten(lse_HQ, 0, q.shape[:2]), (grad_out * out).sum(3)
+    if grad_lse_HQ is not None:
+        delta = delta - torch.unflatten(grad_lse_HQ, 0, q.shape[:2])
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for s in range(len(starts_q) - 1):
+        rows, keys = slice(starts_q[s], starts_q[s + 1]), slice(starts_k[s], starts_k[s + 1])
+        exponents = factor * (q[:, :, rows] @ k[:, :, keys].mT) - lse[:, :, rows, None]
+        if causal:  # before the exponential: rows that see no key have an lse of -inf
+            prefix = 0 if prefixes is None else prefixes[s]
+            exponents = exponents.masked_fill(~_mask(rows, keys, prefix, q.device), -torch.inf)
+        weights = exponents.exp()
+        products = weights * (grad_out[:, :, rows] @ v[:, :, keys].mT - delta[:, :, rows, None])
+        dq[:, :, rows] = factor * (products @ k[:, :, keys])
+        dk[:, :, keys] = factor * (products.mT @ q[:, :, rows]).sum(1, keepdim=True)
+        dv[:, :, keys] = (weights.mT @ grad_out[:, :, rows]).sum(1, keepdim=True)
+    return (
+        dq.flatten(0, 1).transpose(0, 1).to(q_QHD.dtype).contiguous(),
+        dk.squeeze(1).transpose(0, 1).to(k_KGD.dtype).contiguous(),
+        dv.squeeze(1).transpose(0, 1).to(v_KGD.dtype).contiguous(),
+    )
+
+
+def _grouped(x_NHD: Tensor, groups: int) -> Tensor:
+    """By the key head that is read, in float32: (groups, heads of a group, tokens, head_dim)."""
+    return torch.unflatten(x_NHD.float().transpose(0, 1), 0, (groups, -1))
+
+
+def _mask(rows: slice, keys: slice, prefix: int, device: torch.device) -> Tensor:
+    """True where a query of a causal sequence sees a key: (l, m)."""
+    num_keys = keys.stop - keys.start
+    index_m = torch.arange(num_keys, device=device)
+    return index_m < visible_keys(rows.stop - rows.start, num_keys, prefix, device)[:, None]
 
 
 def visible_keys(num_queries: int, num_keys: int, prefix: int, device: torch.device) -> Tensor:

@@ -1,71 +1,95 @@
-"""8-bit products against the same codes multiplied in float64, and what is converted."""
+"""8-bit products against the same codes multiplied in float64."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from carillon.engine.nn.fp8 import Fp8Linear, Recipe, to_fp8
+from carillon.engine.nn.fp8 import Fp8Linear
+from carillon.engine.nn.fp8_layers import to_fp8
+from carillon.engine.nn.fp8_scaling import Recipe
 from carillon.engine.nn.transformer import Block, BlockShape
 from carillon.kernels.fp8_cast.reference import fp8_cast
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+RECIPES = ("tensorwise", "rowwise", "blockwise", "delayed")
+
+
+class Expected(NamedTuple):
+    """How inputs, weights and gradients are to be cast."""
+
+    values: str
+    weights: str
+    gradient_dtype: torch.dtype
+
+
+EXPECTED = {
+    "tensorwise": Expected("tensorwise", "tensorwise", E5M2),
+    "rowwise": Expected("rowwise", "rowwise", E5M2),
+    "blockwise": Expected("1x128", "128x128", E4M3),
+    "delayed": Expected("tensorwise", "tensorwise", E5M2),  # of itself in its first step
+}
 
 
 def linear(recipe: Recipe, in_features: int = 48, out_features: int = 32) -> Fp8Linear:
     torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(in_features, out_features))
-    to_fp8([layer], recipe)
-    converted = layer[0]
+    block = nn.Sequential(nn.Linear(in_features, out_features))
+    to_fp8(nn.ModuleDict({"blocks": nn.ModuleList([block])}), recipe)
+    converted = block[0]
     assert isinstance(converted, Fp8Linear)
     return converted
 
 
-def codes(x: Tensor, recipe: Recipe, dtype: torch.dtype, *, column: bool = False) -> Tensor:
+def codes(x: Tensor, granularity: str, dtype: torch.dtype, *, column: bool = False) -> Tensor:
     """The values that x, or its transpose, is rounded to."""
-    copies = fp8_cast(x, recipe, dtype, column=True)
+    copies = fp8_cast(x, granularity, dtype, column=True)
     code, scale = (copies.column, copies.column_scale) if column else (copies.row, copies.row_scale)
+    if scale.dim() == 2 and "128" in granularity:
+        rows = 1 if granularity == "1x128" else 128
+        scale = scale.repeat_interleave(rows, 0).repeat_interleave(128, 1)
+        scale = scale[: len(code), : code.shape[1]]
     return code.double() * scale.double()
 
 
-def assert_rounded(found: Tensor, exact: Tensor, magnitude: Tensor) -> None:
-    """Within half a unit of bfloat16's 8 bits, and what float32 sums of up to 80 terms lose:
-    `magnitude` is the sum of their magnitudes."""
-    bound = 2.0**-8 * exact.abs() + 80 * 2.0**-24 * magnitude
+def assert_rounded(found: Tensor, left: Tensor, right: Tensor) -> None:
+    """`found` is left @ right.T within half a unit of bfloat16's 8 bits, and what float32 sums
+    lose of the terms' magnitudes; the values given back of a block lose 2^-24 each."""
+    exact, magnitude = left @ right.T, left.abs() @ right.abs().T
+    bound = 2.0**-8 * exact.abs() + (left.shape[1] + 2) * 2.0**-24 * magnitude
     assert bool(((found.double() - exact).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("rows", [80, 7, 1])
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-def test_products_are_those_of_the_codes(recipe: Recipe, rows: int) -> None:
-    layer = linear(recipe)
+@pytest.mark.parametrize(("rows", "sides"), [(80, (48, 32)), (7, (48, 32)), (150, (272, 144))])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_products_are_those_of_the_codes(recipe: Recipe, rows: int, sides: tuple[int, int]) -> None:
+    layer, cast = linear(recipe, *sides), EXPECTED[recipe]
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(rows, 48, generator=generator).requires_grad_()
-    grad = torch.randn(rows, 32, generator=generator).to(torch.bfloat16)
-    y = layer(x) - layer.bias.to(torch.bfloat16)
-    assert y.dtype is torch.bfloat16
+    x = torch.randn(rows, sides[0], generator=generator)
+    x[:, :20] *= 100  # blocks differ
+    x.requires_grad_()
+    grad = torch.randn(rows, sides[1], generator=generator).to(torch.bfloat16)
     product = layer(x)
+    assert product.dtype is torch.bfloat16
     torch.autograd.backward(product, grad)
     assert x.grad is not None
     assert layer.weight.grad is not None
     assert layer.bias.grad is not None
 
-    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
     given, weight = x.detach(), layer.weight.detach()
-    x_MK, weight_NK = codes(given, recipe, e4m3), codes(weight, recipe, e4m3)
-    exact = x_MK @ weight_NK.T
     with torch.no_grad():
         layer.bias.zero_()
-        assert_rounded(layer(given), exact, x_MK.abs() @ weight_NK.abs().T)
-    grad_MN = codes(grad, recipe, e5m2)
-    weight_KN = codes(weight, recipe, e4m3, column=True)
-    assert_rounded(x.grad, grad_MN @ weight_KN.T, grad_MN.abs() @ weight_KN.abs().T)
-    padded = torch.zeros(math.ceil(rows / 16) * 16, 32, dtype=torch.bfloat16)
+        x_MK, weight_NK = codes(given, cast.values, E4M3), codes(weight, cast.weights, E4M3)
+        assert_rounded(layer(given), x_MK, weight_NK)
+    grad_MN = codes(grad, cast.values, cast.gradient_dtype)
+    assert_rounded(x.grad, grad_MN, codes(weight, cast.weights, E4M3, column=True))
+    padded = torch.zeros(math.ceil(rows / 16) * 16, sides[1], dtype=torch.bfloat16)
     padded[:rows] = grad
-    wide = torch.zeros(len(padded), 48)
+    wide = torch.zeros(len(padded), sides[0])
     wide[:rows] = given
-    grad_NM = codes(padded, recipe, e5m2, column=True)
-    x_KM = codes(wide, recipe, e4m3, column=True)
-    assert_rounded(layer.weight.grad, grad_NM @ x_KM.T, grad_NM.abs() @ x_KM.abs().T)
+    grad_NM = codes(padded, cast.values, cast.gradient_dtype, column=True)
+    assert_rounded(layer.weight.grad, grad_NM, codes(wide, cast.values, E4M3, column=True))
     assert torch.equal(layer.bias.grad, grad.float().sum(0).to(torch.bfloat16).float())
 
 
@@ -76,20 +100,7 @@ def test_leading_dims_and_no_rows() -> None:
     assert layer(torch.empty(0, 5, 48)).shape == (0, 5, 32)
 
 
-def test_linears_of_blocks_are_converted_and_nothing_else() -> None:
-    shape = BlockShape(
-        width=32, num_heads=2, mlp_width=64, activation="gelu", qk_norm=True, causal=False
-    )
-    block, odd = Block(shape), nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 24))
-    names = list(block.state_dict())
-    to_fp8([block, odd], "rowwise")
-    converted = [name for name, module in block.named_modules() if type(module) is Fp8Linear]
-    assert converted == ["attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2"]
-    assert list(block.state_dict()) == names
-    assert not any(isinstance(module, Fp8Linear) for module in odd)
-
-
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_block_learns_as_in_full_precision(recipe: Recipe) -> None:
     """Gradients point where those of float32 do, with what 8 bits of a value leave of it."""
     shape = BlockShape(
@@ -105,7 +116,7 @@ def test_a_block_learns_as_in_full_precision(recipe: Recipe) -> None:
     gradients = []
     for converted in (False, True):
         if converted:
-            to_fp8([block], recipe)
+            to_fp8(nn.ModuleDict({"blocks": nn.ModuleList([block])}), recipe)
         block.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=converted):
             block(x).float().square().mean().backward()

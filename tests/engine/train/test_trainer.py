@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from carillon.engine.config import UserError
 from carillon.engine.eval.suite import evaluate_in_training
 from carillon.engine.losses.contrastive import ContrastiveObjective
-from carillon.engine.train.run import find_checkpoint, load_config, load_run
+from carillon.engine.train.run import find_checkpoint, load_run
 from carillon.engine.train.trainer import Trainer
 
 Setup = Any  # conftest's
@@ -311,30 +310,3 @@ def test_an_unforeseen_error_leaves_no_worker_behind(
         setup.train("data.num_workers=1")
     assert caught.tb is not None  # its frames are alive, as at the end of a crashed process
     assert multiprocessing.active_children() == []
-
-
-def test_fp8_trains_as_bf16_does(make_setup: Any) -> None:
-    """And its checkpoint is a model of plain weights like any other. A value of 4 bits is within
-    1/16: its mean over a tiny model's few sums is within 5% of the loss."""
-    losses = {}
-    for precision in ("bf16", "fp8"):
-        setup = make_setup()
-        assert setup.train(f"distributed.precision={precision}", "optimization.steps=6") == 0
-        losses[precision] = setup.losses()
-    assert losses["fp8"] == pytest.approx(losses["bf16"], rel=0.05)
-    assert losses["fp8"] != losses["bf16"]
-    assert {value.dtype for value in setup.content(6).values()} == {torch.float32}
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["distributed.fp8_recipe=rowwise"], "fp8_recipe: rowwise given, but precision is fp32"),
-        (["distributed.precision=fp8", "distributed.tp=2"], "fp8 does not run with tensor"),
-    ],
-)
-def test_fp8_settings_that_do_nothing_or_do_not_fit(
-    setup: Setup, overrides: list[str], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        load_config(setup.config, overrides)

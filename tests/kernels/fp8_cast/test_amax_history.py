@@ -48,6 +48,19 @@ def test_nothing_and_nonsense_leave_the_scale() -> None:
     assert history.scale == 2.0**-126
 
 
+def test_several_tensors_are_recorded_at_a_time() -> None:
+    together = AmaxHistory(2, E4M3, shape=(2, 2))
+    apart = [AmaxHistory(2, E4M3) for _ in range(4)]
+    for factor in (1.0, 8.0, 0.0, 2.0):
+        amaxes = factor * torch.tensor([[1.0, 448.0], [torch.inf, 0.0]])
+        together.record(amaxes)
+        for history, value in zip(apart, amaxes.flatten(), strict=True):
+            history.record(value)
+        assert together.scale.flatten().tolist() == [float(h.scale) for h in apart]
+    with pytest.raises(ValueError, match="must be 4 float32 values on cpu, got 1 of"):
+        together.record(amax(1.0))
+
+
 def test_scale_of_an_earlier_cast_does_not_change() -> None:
     history = AmaxHistory(1, E4M3)
     history.record(amax(448.0))

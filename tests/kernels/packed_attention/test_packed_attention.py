@@ -138,8 +138,36 @@ def test_slices_of_one_projection(
     grad_out = batch.grad_out.transpose(0, 1).contiguous().transpose(0, 1)
     grad_lse = batch.grad_lse.T.contiguous().T
     strided = backward(grad_out, grad_lse, *rest, *batch.arguments())
-    for a, b in zip(strided, computed(batch, provider)[2:], strict=True):
-        torch.testing.assert_close(a.cpu(), b)
+    dense = backward(batch.grad_out, batch.grad_lse, *rest, *batch.arguments())
+    for a, b in zip(strided, dense, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_keys_in_parts(new_batch: Any, provider: str, device: str) -> None:
+    """Merged by the log-sum-exp, and back with the merged one: as over all keys at once."""
+    lengths_k = (9, 40, 1, 0)
+    batch = new_batch((5, 66, 3, 2), lengths_k, heads=(4, 2), head_dim=16, device=device)
+    starts_q, starts_k, longest_q, longest_k, *_ = batch.arguments()
+    keys = [torch.arange(n, device=device) + s for n, s in zip(lengths_k, starts_k, strict=False)]
+    halves = [[part[: len(part) // 3] for part in keys], [part[len(part) // 3 :] for part in keys]]
+    calls = []
+    for half in halves:
+        index = torch.cat(half)
+        starts = torch.tensor([0, *map(len, half)], device=device).cumsum(0)
+        calls.append((index, (starts_q, starts, longest_q, longest_k)))
+    op = resolve("packed_attention", device, provider)
+    parts = [op(batch.q, batch.k[i], batch.v[i], *lengths) for i, lengths in calls]
+    lse = torch.logaddexp(parts[0][1], parts[1][1])
+    shares = [(part_lse - lse).exp().nan_to_num(0.0).T[..., None] for _, part_lse in parts]
+    out = sum(part * share for (part, _), share in zip(parts, shares, strict=True))
+    backward = resolve("packed_attention_backward", device, provider)
+    dq, dk, dv = (torch.zeros_like(x) for x in (batch.q, batch.k, batch.v))
+    for i, lengths in calls:
+        rest = (batch.q, batch.k[i], batch.v[i], out, lse)
+        grads = backward(batch.grad_out, batch.grad_lse, *rest, *lengths)
+        dq += grads[0]
+        dk[i], dv[i] = grads[1:]
+    assert_right(batch, tuple(x.cpu() for x in (out, lse, dq, dk, dv)))
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0)])

@@ -1,0 +1,83 @@
+"""The layouts that are held to one process: the rows of the parity table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.train.parity.columns import COLUMNS, DECODERS, DUAL_ENCODERS
+from carillon.engine.train.parity.step import Variant
+
+DUAL = frozenset(DUAL_ENCODERS)
+DECODER = frozenset(DECODERS)
+_PLAIN = Variant()
+_CACHED = Variant(cached=True, recompute=True)
+_RING = Variant(exchange="ring")
+_COMPILED_COLUMNS = ("dual encoder, softmax", "MoE decoder, softmax router")
+_COMPILED = Variant(compile=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layout: its name, its processes, its `distributed` settings, and which columns it has."""
+
+    name: str
+    size: int
+    settings: Mapping[str, Any]
+    columns: frozenset[str] = frozenset(COLUMNS)
+    variants: tuple[Variant, ...] = field(default=(_PLAIN, _CACHED))
+
+    @property
+    def cases(self) -> list[tuple[str, Variant]]:
+        """Its columns, each in every variant that it has."""
+        return [
+            (column, variant)
+            for column in COLUMNS
+            if column in self.columns
+            for variant in self.variants
+            if column in DUAL or variant.exchange == "gather"  # the contrastive loss's
+            if not variant.compile or column in self._compiled  # compiling takes long
+        ]
+
+    @property
+    def _compiled(self) -> tuple[str, ...]:
+        """A decoder that is split over tp is not compiled yet."""
+        return _COMPILED_COLUMNS[:1] if "tp" in self.settings else _COMPILED_COLUMNS
+
+    def layout(self, variant: Variant) -> DistributedConfig:
+        return DistributedConfig(precision="fp32", **{**variant.settings(), **self.settings})
+
+
+ROWS = (
+    Row("one process", 1, {}, variants=(_PLAIN, _CACHED, _COMPILED)),
+    Row("DP2", 2, {}, variants=(_PLAIN, _CACHED, _RING)),
+    Row("FSDP2, zero_stage 2", 2, {"zero_stage": 2}),
+    Row("FSDP2", 2, {"zero_stage": 3}, variants=(_PLAIN, _CACHED, _COMPILED)),
+    Row("TP2", 2, {"tp": 2}, variants=(_PLAIN, _CACHED, _COMPILED)),
+    Row("TP2+SP", 2, {"tp": 2, "sequence_parallel": True}, variants=(_PLAIN, _CACHED, _COMPILED)),
+    Row("TP2, text tower whole", 2, {"tp": 2, "tp_whole_tower": "text"}, DUAL),
+    Row("EP2", 2, {"ep": 2, "zero_stage": 3}, DECODER),
+    *(
+        Row(f"CP2, {method}", 2, {"cp": 2, "cp_method": method}, DECODER)
+        for method in ("ulysses", "ring", "all_gather")
+    ),
+    Row("DP4", 4, {}, variants=(_PLAIN, _CACHED, _RING)),
+    Row("FSDP4", 4, {"zero_stage": 3}),
+    Row("HSDP 2x2", 4, {"zero_stage": 3, "dp_replicate": 2, "dp_shard": 2}),
+    Row("TP4", 4, {"tp": 4}),
+    Row("TP4+SP", 4, {"tp": 4, "sequence_parallel": True}),
+    Row("TP2xDP2", 4, {"tp": 2}),
+    Row("TP2xFSDP2", 4, {"tp": 2, "zero_stage": 3}),
+    Row("TP2+SPxFSDP2", 4, {"tp": 2, "sequence_parallel": True, "zero_stage": 3}),
+    Row("EP4", 4, {"ep": 4, "zero_stage": 3}, DECODER),
+    Row("EP2xFSDP2", 4, {"ep": 2, "zero_stage": 3}, DECODER),
+    Row("EP2xTP2", 4, {"ep": 2, "tp": 2, "zero_stage": 3}, DECODER),
+    Row("EP2xTP2+SP", 4, {"ep": 2, "tp": 2, "zero_stage": 3, "sequence_parallel": True}, DECODER),
+    Row("CP4", 4, {"cp": 4}, DECODER),
+    Row("CP2xTP2", 4, {"cp": 2, "tp": 2}, DECODER),
+    Row("CP2xTP2+SP", 4, {"cp": 2, "tp": 2, "sequence_parallel": True}, DECODER),
+    Row("CP2xFSDP2", 4, {"cp": 2, "zero_stage": 3}, DECODER),
+    Row("CP2xEP2", 4, {"cp": 2, "ep": 2, "zero_stage": 3}, DECODER),
+)

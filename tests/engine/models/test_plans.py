@@ -1,0 +1,90 @@
+"""Layouts that a decoder cannot have are refused with what is near."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from carillon.engine.config import UserError, build
+from carillon.engine.models.plans import decoder_problems
+from carillon.engine.models.towers.decoder_config import DecoderConfig, MoeConfig
+from carillon.engine.parallel.expert import shard_of
+from carillon.engine.parallel.mesh import DistributedConfig, degrees_of
+from carillon.engine.train.run import RunConfig
+
+MIXED = DecoderConfig(
+    num_heads=8, num_kv_heads=2, moe=MoeConfig(num_experts=6, expert_width=96, shared_experts=1)
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "messages"),
+    [
+        (MIXED, DistributedConfig(ep=3, tp=2, zero_stage=3), []),
+        (
+            MIXED,
+            DistributedConfig(ep=4),
+            ["ep: 4 does not divide model.moe.num_experts (6); use one of 1, 2, 3, 6, or 8"],
+        ),
+        (MIXED, DistributedConfig(tp=4), ["tp: 4 does not divide model's num_kv_heads (2); use"]),
+        (
+            replace(MIXED, num_kv_heads=8, mlp_width=36, moe=replace(MIXED.moe, expert_width=12)),
+            DistributedConfig(tp=8),
+            ["does not divide model.mlp_width (36)", "does not divide model.moe.expert_width (12)"],
+        ),
+        (
+            MIXED,
+            DistributedConfig(tp=2, tp_whole_tower="text"),
+            ["tp_whole_tower: text given, but a decoder has no towers"],
+        ),
+        (
+            replace(MIXED, context=18),
+            DistributedConfig(tp=2, cp=2, sequence_parallel=True),
+            ["tp 2 x cp 2 does not divide model.context (18)", "cp: 2 given"],
+        ),
+        (replace(MIXED, moe=MoeConfig()), DistributedConfig(ep=2), ["the model has no experts"]),
+        (
+            replace(MIXED, moe=replace(MIXED.moe, capacity_factor=1.5)),
+            DistributedConfig(cp=2),
+            ["cp: 2 given, but model.moe.capacity_factor drops slots"],
+        ),
+    ],
+)
+def test_what_does_not_divide_is_named(
+    config: DecoderConfig, layout: DistributedConfig, messages: list[str]
+) -> None:
+    problems = list(decoder_problems(config, layout))
+    assert len(problems) == len(messages)
+    for problem, message in zip(problems, messages, strict=True):
+        assert message in problem
+
+
+def test_experts_are_split_over_processes_that_shard_a_replica() -> None:
+    with pytest.raises(UserError, match="dp_shard x cp = 4; use one of 1, 2, 4"):
+        degrees_of(DistributedConfig(ep=3, zero_stage=3), 4)
+    with pytest.raises(UserError, match="dp_shard x cp = 1; use one of 1, or shard over more"):
+        degrees_of(DistributedConfig(ep=2), 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ep": 2, "zero_stage": 3}, "a dual encoder has no experts; use ep=1"),
+        ({"dispatcher": "all_to_all"}, "all_to_all given, but ep is 1"),
+        ({"dispatcher": "deepep", "ep": 2}, "the package deep_ep is not installed; build it from"),
+        ({"dispatcher": "deepep", "ep": 2, "precision": "fp32"}, "sends bfloat16 only"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_load(
+    values: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        build(RunConfig, {"distributed": values, "data": {"path": "x"}})
+
+
+def test_expert_weights_are_sharded_by_what_divides() -> None:
+    weight = nn.Parameter(torch.empty(6, 32, 20))
+    assert [shard_of(weight, degree).dim for degree in (1, 3, 4, 5)] == [0, 0, 1, 2]
+    with pytest.raises(UserError, match=r"7 processes cannot shard.*6 x 32 x 20"):
+        shard_of(weight, 7)
