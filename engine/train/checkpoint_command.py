@@ -21,7 +21,7 @@ EXAMPLES = """examples:
   carillon checkpoint convert RUN --to torch_dist --out iter_0001000
 """
 _SHARD_GB = 5.0
-_FORMS = ("dcp", "safetensors", "zarr", "torch_dist")  # checkpoint_forms.FORMS, less torch
+_FORMS = ("dcp", "safetensors", "zarr", "torch_dist")  # checkpoint_forms' too, which imports torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

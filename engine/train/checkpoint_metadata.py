@@ -1,21 +1,32 @@
 """What torch.distributed.checkpoint (DCP) pickles and raises, read with care.
 
-Its own metadata is a pickle: it is read by an unpickler that knows its few classes and nothing
-else. Megatron-Core pickles a subclass, and beside it how the file was written: the subclass is read
-as its parent, the rest into objects that hold nothing.
+Its own metadata is a pickle, and Megatron-Core's has more classes in it. None of these classes is
+made here: each name of an allow-list gives the same inert object, which has the fields that the
+file says and no code. Names, shapes, types and places are then taken out of the fields, checked,
+and the metadata is built anew; the rest is dropped. So no class that torch uses can be changed by a
+file, and no entry is left that DCP would unpickle: tensors alone are.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import warnings
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from carillon.engine.config import UserError
 
@@ -28,85 +39,110 @@ class CheckedReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         content = (Path(self.path) / METADATA).read_bytes()
         try:
-            metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+            metadata = _built_anew(_FieldsUnpickler(io.BytesIO(content)).load())
         except UserError:
             raise
         except Exception as error:  # a damaged pickle raises whatever it likes
-            raise UserError(f"checkpoint {self.path}: .metadata cannot be read: {error}") from None
-        if not isinstance(metadata, Metadata):
-            raise UserError(f"checkpoint {self.path}: .metadata is not a checkpoint's metadata")
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+            raise UserError(
+                f"checkpoint {self.path}: .metadata cannot be read: "
+                f"{str(error) or type(error).__name__}"
+            ) from None
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
 
-class _Unread:
-    """Stands for what a foreign writer noted beside the metadata."""
+class _Fields:
+    """Stands for any object in the file: its fields, and none of its code."""
+
+    said: Any = None
 
     def __init__(self, *_: object) -> None: ...
 
-    def __setstate__(self, _: object) -> None: ...
+    def __setstate__(self, said: object) -> None:
+        # Defined here, it is also what keeps a file from setting attributes of the class itself.
+        self.said = said
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = frozenset(
-        {
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("collections", "OrderedDict"),
-            ("builtins", "set"),
-            ("pathlib", "PosixPath"),  # where it was written; never used
-            ("pathlib._local", "PosixPath"),
-        }
-    )
+_DCP = "torch.distributed.checkpoint"
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+_TYPES = frozenset({("torch", "Size"), ("collections", "OrderedDict"), ("builtins", "set")})
+_KNOWN = frozenset(
+    (module, name)
+    for module, names in {
+        f"{_DCP}.metadata": (
+            "Metadata MetadataIndex StorageMeta TensorStorageMetadata BytesStorageMetadata "
+            "TensorProperties ChunkStorageMetadata _MEM_FORMAT_ENCODING"
+        ),
+        f"{_DCP}.filesystem": "_StorageInfo _StoragePrefix",
+        "torch.serialization": "_get_layout",
+        "pathlib": "PosixPath",
+        "pathlib._local": "PosixPath",
+        # Of Megatron-Core: the metadata's own class, and how the files were planned.
+        _MEGATRON: "MCoreMetadata MCoreSavePlan",
+        f"{_DCP}.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
+    }.items()
+    for name in names.split()
+)
 
+
+class _FieldsUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _KNOWN:
+            return _Fields
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        is_plain_class = module in self._MODULES and "." not in name
-        if is_dtype or (module, name) in self._NAMES:
+        if is_dtype or (module, name) in _TYPES:
             return super().find_class(module, name)
-        if is_plain_class and name in _METADATA_CLASSES:
-            return super().find_class(module, name)
-        if (module, name) == (_MEGATRON, "MCoreMetadata"):
-            return Metadata
-        if (module, name) in _UNREAD:
-            return _Unread
         raise UserError(
             f"checkpoint metadata names {module}.{name}, which no checkpoint of ours does"
         )
 
 
-_METADATA_CLASSES = frozenset(
-    {
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "TensorProperties",
-        "ChunkStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-        "_StorageInfo",
-        "_StoragePrefix",
+def _built_anew(read: Any) -> Metadata:
+    """torch's own of what was read; whatever is not as it should be raises some Exception."""
+    if not isinstance(read, _Fields) or not isinstance(read.said, dict):
+        raise ValueError("it is not a checkpoint's metadata")
+    entries, places = read.said["state_dict_metadata"], read.said["storage_data"]
+    tensors = {
+        str(name): _tensor(entry.said)
+        for name, entry in entries.items()
+        if entry.said is not None  # has fields: not bytes, which are not read here
     }
-)
-_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
-_PLANNER = "torch.distributed.checkpoint.planner"
-_UNREAD = frozenset(
-    {(_MEGATRON, "MCoreSavePlan")}
-    | {
-        (_PLANNER, name)
-        for name in (
-            "SavePlan",
-            "WriteItem",
-            "WriteItemType",
-            "TensorWriteData",
-            "BytesIOWriteData",
-        )
-    }
-)
+    stored = {_index(index.said): _place(place.said) for index, place in places.items()}
+    return Metadata(state_dict_metadata=dict(tensors), storage_data=stored)
+
+
+def _tensor(said: dict[str, Any]) -> TensorStorageMetadata:
+    dtype = said["properties"].said[0]
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{dtype!r} is not a type of values")
+    chunks = [
+        ChunkStorageMetadata(_size(chunk.said["offsets"]), _size(chunk.said["sizes"]))
+        for chunk in said["chunks"]
+    ]
+    size = _size(said["size"])
+    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
+        raise ValueError(f"the parts of a tensor of shape {tuple(size)} do not make it up")
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+
+
+def _size(said: Iterable[int]) -> torch.Size:
+    size = torch.Size(said)
+    if min(size, default=0) < 0:
+        raise ValueError(f"{tuple(size)} is not a shape")
+    return size
+
+
+def _index(said: dict[str, Any]) -> MetadataIndex:
+    offset = said.get("offset")
+    return MetadataIndex(str(said["fqn"]), None if offset is None else _size(offset))
+
+
+def _place(said: dict[str, Any]) -> _StorageInfo:
+    file = PurePosixPath(said["relative_path"])
+    if file.is_absolute() or ".." in file.parts:
+        raise ValueError(f"the file {file} is outside of the checkpoint")
+    offset, length = _size([said["offset"], said["length"]])
+    return _StorageInfo(str(file), offset, length, said.get("transform_descriptors"))
 
 
 def expect_one_process() -> None:

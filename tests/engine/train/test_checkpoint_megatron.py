@@ -5,17 +5,20 @@ import os
 import pickle
 import runpy
 import shutil
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorStorageMetadata
 
 from carillon.engine.cli import main
 from carillon.engine.train.checkpoint import Checkpoint
 from carillon.engine.train.checkpoint_forms import open_tensors
 from carillon.engine.train.checkpoint_megatron import foreign_name, own_name
+from carillon.engine.train.checkpoint_metadata import CheckedReader
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 WRITTEN = FIXTURES / "torch_dist"
@@ -90,6 +93,64 @@ def test_a_hostile_pickle_runs_nothing(
     said = capsys.readouterr().err
     assert ("posix.system" in said) == (name == ".metadata")
     assert ("cannot be read" in said) == (name == "__0_0.distcp")
+
+
+def test_metadata_cannot_change_a_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With parents of a file's choice an entry would be a tensor for us and bytes for DCP, which
+    unpickles bytes. pickle.dumps does not write such a thing, so here are the instructions."""
+
+    def named(name: str) -> bytes:
+        return f"c{TensorStorageMetadata.__module__}\n{name}\n".encode()
+
+    parents = named("TensorStorageMetadata") + named("BytesStorageMetadata") + b"\x86"
+    attributes = b"N}\x8c\x09__bases__" + parents + b"s\x86b"
+    shutil.copytree(WRITTEN, tmp_path / "bad")
+    content = b"\x80\x04" + named("_MEM_FORMAT_ENCODING") + attributes + b"."
+    (tmp_path / "bad" / ".metadata").write_bytes(content)
+    assert main(["checkpoint", "inspect", str(tmp_path / "bad")]) == 2
+    assert ".metadata cannot be read" in capsys.readouterr().err
+    assert _MEM_FORMAT_ENCODING.__bases__ == (Enum,)
+
+
+def outside(metadata: Any) -> None:
+    next(iter(metadata.storage_data.values())).relative_path = "../__0_0.distcp"
+
+
+def a_part_less(metadata: Any) -> None:
+    first_tensor(metadata).chunks.pop()
+
+
+def no_type(metadata: Any) -> None:
+    first_tensor(metadata).properties.dtype = "float32"
+
+
+def below_zero(metadata: Any) -> None:
+    first_tensor(metadata).size = torch.Size([-1])
+
+
+def first_tensor(metadata: Any) -> Any:
+    entries = metadata.state_dict_metadata.values()
+    return next(entry for entry in entries if isinstance(entry, TensorStorageMetadata))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (outside, "outside of the checkpoint"),
+        (a_part_less, "do not make it up"),
+        (no_type, "not a type of values"),
+        (below_zero, "not a shape"),
+    ],
+)
+def test_lying_metadata_is_refused(
+    tmp_path: Path, change: Any, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(WRITTEN, tmp_path / "bad")
+    metadata = CheckedReader(WRITTEN).read_metadata()
+    change(metadata)
+    (tmp_path / "bad" / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert main(["checkpoint", "inspect", str(tmp_path / "bad")]) == 2
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"garbage", pickle.dumps([1])])
