@@ -172,16 +172,16 @@ class Setup:
 def run_ranks(
     folder: Path,
     cases: dict[str, tuple[int, list[str]]],
-    file_limits: dict[int, int] | None = None,
+    file_limits: dict[str, dict[int, int]] | None = None,
 ) -> dict[str, Any]:
     """Run each case (number of processes, argv), in order; returns codes and stderr by rank.
 
-    `file_limits` has, by rank, the bytes past which no file of its grows, as on a full disk.
+    `file_limits` has, by case and rank, the bytes past which no file grows, as on a full disk.
     """
     folder.mkdir(parents=True)
     limits = file_limits or {}
     given = {
-        name: {"world_size": n, "argv": argv, "file_limits": limits}
+        name: {"world_size": n, "argv": argv, "file_limits": limits.get(name, {})}
         for name, (n, argv) in cases.items()
     }
     (folder / "cases.json").write_text(json.dumps(given))

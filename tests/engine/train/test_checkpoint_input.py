@@ -16,6 +16,9 @@ from carillon.engine.train.checkpoint_forms import open_tensors
 Setup = Any  # conftest's
 Capture = pytest.CaptureFixture[str]
 FORMS = ("dcp", "safetensors", "zarr")
+# By rank, the bytes that fit into a file: of the main process all but tensors does, of the other
+# nothing that matters.
+FULL = {0: 300_000, 1: 2048}
 
 
 def flip(file: Path) -> None:
@@ -68,43 +71,101 @@ def test_every_form_holds_the_same_training(trained: dict[str, Setup]) -> None:
             assert contents[form][name].equal(value), (form, name)
 
 
-def test_what_two_processes_are_given(
-    trained: dict[str, Setup], tmp_path: Path, ranks: Any
-) -> None:
-    """Each is another fault; the main process alone tells it, in a line, and all end with 2."""
-    more = "optimization.steps=5"
+@pytest.fixture(scope="module")
+def told(
+    trained: dict[str, Setup],
+    make_setup: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    ranks: Any,
+) -> dict[str, Any]:
+    """What two processes that are given each fault say and end with, by the fault's name."""
+    folder, more = tmp_path_factory.mktemp("faults"), "optimization.steps=5"
     cases: dict[str, tuple[int, list[str]]] = {}
+    limits: dict[str, dict[int, int]] = {}
     for form, pattern in (("dcp", "*.distcp"), ("safetensors", "*.safetensors"), ("zarr", "c/0/0")):
-        for damage in ("missing", "flipped"):
-            setup = copy_of(trained[form], tmp_path / f"{form} {damage}")
+        for fault in ("missing", "flipped"):
+            setup = copy_of(trained[form], folder / f"{form} {fault}")
             file = max(setup.checkpoints()[0].path.rglob(pattern), key=lambda f: f.stat().st_size)
-            flip(file) if damage == "flipped" else file.unlink()
-            cases[f"{form} {damage}"] = (2, setup.argv(more))
+            flip(file) if fault == "flipped" else file.unlink()
+            cases[f"{form} {fault}"] = (2, setup.argv(more))
     for form, other in (("dcp", "safetensors"), ("safetensors", "zarr"), ("zarr", "dcp")):
         # Another model's: under this run's name, in another form too.
-        setup = copy_of(trained[other], tmp_path / f"{form} another")
+        setup = copy_of(trained[other], folder / f"{form} another")
         (checkpoint,) = setup.checkpoints()
         shutil.rmtree(checkpoint.path)
-        shutil.copytree(another_models(trained[form], tmp_path / f"{form} wide"), checkpoint.path)
+        shutil.copytree(another_models(trained[form], folder / f"{form} wide"), checkpoint.path)
         cases[f"{form} another"] = (2, setup.argv(more))
-    unwritable = copy_of(trained["dcp"], tmp_path / "unwritable")
-    shutil.rmtree(unwritable.run / "checkpoints")
-    (unwritable.run / "checkpoints").write_text("a file where the folder should be")
-    cases["unwritable"] = (2, unwritable.argv(more))
-    results = ranks(tmp_path / "ranks", cases)
-    for name, result in results.items():
+    for form, work in (("dcp", nonsense), ("safetensors", lying), ("zarr", short)):
+        setup = copy_of(trained[form], folder / f"{form} lying")
+        work(setup.checkpoints()[0].path)
+        cases[f"{form} lying"] = (2, setup.argv(more))
+    for form in FORMS:
+        for rank, limit in FULL.items():
+            setup, name = make_setup(), f"{form} full-{rank}"
+            argv = setup.argv(more, f"logging.checkpoint_form={form}", "model.vision.width=128")
+            cases[name] = (2, [*argv, "distributed.zero_stage=3"])
+            limits[name] = {rank: limit}
+    setup = copy_of(trained["dcp"], folder / "unwritable")
+    shutil.rmtree(setup.run / "checkpoints")
+    (setup.run / "checkpoints").write_text("a file where the folder should be")
+    cases["unwritable"] = (2, setup.argv(more))
+    setup = copy_of(trained["dcp"], folder / "formless")
+    (checkpoint,) = setup.checkpoints()
+    (checkpoint.path / ".metadata").rename(checkpoint.path / "tensors.hdf5")
+    reseal(checkpoint.path)
+    cases["formless"] = (2, setup.argv(more))
+    cases["unknown"] = (2, make_setup().argv(more, "logging.checkpoint_form=zar"))
+    results = dict(ranks(folder / "ranks", cases, file_limits=limits))
+    for name in limits:
+        output = Path(cases[name][1][2].removeprefix("logging.output="))
+        results[name]["left"] = [str(path) for path in output.glob("*/checkpoints/*")]
+    return results
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("missing", "missing or cut short"),
+        ("flipped", "not what was written"),
+        ("another", "of another model"),
+        ("lying", "cannot be read"),
+        ("full-0", "was not written"),
+        ("full-1", "was not written"),
+        ("unwritable", "checkpoints cannot be kept in"),
+        ("formless", "in a form that is not trained from"),
+        ("unknown", "logging.checkpoint_form"),
+    ],
+)
+def test_the_main_process_alone_tells_it_in_a_line(
+    told: dict[str, Any], fault: str, expected: str
+) -> None:
+    of_forms = {name: result for name, result in told.items() if name.split()[-1] == fault}
+    assert len(of_forms) == (1 if fault in told else len(FORMS))
+    for name, result in of_forms.items():
         assert result["codes"] == [2, 2], (name, result)
-        told = [line for line in result["stderr"][0].splitlines() if line.startswith("carillon: ")]
-        assert len(told) == 1, (name, result)
+        lines = [line for line in result["stderr"][0].splitlines() if line.startswith("carillon: ")]
+        assert len(lines) == 1, (name, result)
+        assert expected in result["stderr"][0], (name, result)
         assert "Traceback" not in "".join(result["stderr"]), (name, result)
         assert not result["stderr"][1].strip(), (name, result)
-        expected = {
-            "missing": "missing or cut short",
-            "flipped": "not what was written",
-            "another": "of another model",
-            "unwritable": "checkpoints cannot be kept in",
-        }[name.split()[-1]]
-        assert expected in told[0], (name, told)
+        assert not result.get("left"), (name, result)  # of a checkpoint that could not be written
+
+
+def nonsense(path: Path) -> None:
+    (path / ".metadata").write_bytes(b"no pickle")
+    reseal(path)
+
+
+def lying(path: Path) -> None:
+    lie(path / "model.safetensors", offsets)
+    reseal(path)
+
+
+def short(path: Path) -> None:
+    """A chunk of zarr loses a value: known only when that part is read."""
+    chunk = path / "tensors.zarr" / "model.text_projection.weight" / "c" / "0" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-4])
+    reseal(path)
 
 
 def another_models(setup: Setup, output: Path) -> Path:
@@ -166,18 +227,6 @@ def test_a_safetensors_file_of_nonsense_is_refused(
         open_tensors(path, 5)
 
 
-def test_a_chunk_of_another_size_is_refused(
-    trained: dict[str, Setup], tmp_path: Path, capsys: Capture
-) -> None:
-    setup = copy_of(trained["zarr"], tmp_path / "runs")
-    (path,) = (checkpoint.path for checkpoint in setup.checkpoints())
-    chunk = path / "tensors.zarr" / "model.text_projection.weight" / "c" / "0" / "0"
-    chunk.write_bytes(chunk.read_bytes()[:-4])
-    reseal(path)
-    assert setup.train("optimization.steps=5") == 2
-    assert "model.text_projection.weight cannot be read" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"zarr_format": 3, "node_type": "array"}'])
 def test_zarr_metadata_of_nonsense_is_refused(
     trained: dict[str, Setup], tmp_path: Path, content: str
@@ -188,22 +237,6 @@ def test_zarr_metadata_of_nonsense_is_refused(
     array.write_text(content)
     with pytest.raises(UserError, match=r"tensors\.zarr cannot be read"):
         open_tensors(path, 5)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_disk_that_is_full_for_one_process_is_one_message(
-    setup: Setup, tmp_path: Path, ranks: Any, form: str
-) -> None:
-    """The second process, which writes shards only, may write no file past 2 kB."""
-    argv = setup.argv("optimization.steps=5", f"logging.checkpoint_form={form}")
-    argv += ["distributed.zero_stage=3"]
-    (result,) = ranks(tmp_path / "ranks", {"full": (2, argv)}, file_limits={1: 2048}).values()
-    assert result["codes"] == [2, 2], result
-    told = [line for line in result["stderr"][0].splitlines() if line.startswith("carillon: ")]
-    assert len(told) == 1, result
-    assert "was not written" in told[0]
-    assert "Traceback" not in "".join(result["stderr"]), result
-    assert not list((setup.run / "checkpoints").iterdir())
 
 
 def test_an_unknown_form_is_refused(
