@@ -36,5 +36,6 @@ class SwiGlu(nn.Module):
 
 def gated(x: Tensor) -> Tensor:
     """silu(gate) * up of features that lie (hidden, gate|up): (..., 2F) -> (..., F)."""
-    gate, up = x.view(*x.shape[:-1], -1, 2).unbind(-1)
+    # The size is spelled out: experts may get no rows.
+    gate, up = x.view(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)
     return F.silu(gate) * up

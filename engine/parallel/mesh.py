@@ -12,10 +12,8 @@ Status: runs on CPU with gloo; CUDA with NCCL has not run on a GPU yet.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Literal, NamedTuple
 
 import torch
@@ -341,21 +339,6 @@ class World:
         return mesh[name]
 
 
-def start_world(config: DistributedConfig) -> World:
-    """Join the process group that torchrun describes, or stand alone without one."""
-    degrees = degrees_of(config, int(os.environ.get("WORLD_SIZE", "1")))
-    kind = config.device if config.device != "auto" else _best_device()
-    device = torch.device(kind)
-    if kind == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
-        return World(rank=0, size=1, device=device, degrees=degrees, meshes=None)
-    backend = config.backend if config.backend != "auto" else "nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
-    return lay_out(degrees, device)
-
-
 def lay_out(degrees: Degrees, device: torch.device) -> World:
     """The world of a process group that has started, whose size is the product of `degrees`."""
 
@@ -381,7 +364,3 @@ def lay_out(degrees: Degrees, device: torch.device) -> World:
         degrees=degrees,
         meshes=meshes,
     )
-
-
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -26,7 +26,8 @@ from carillon.engine.log import Sink, configure_logging, logger, open_sinks
 from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.determinism import fixed_order
-from carillon.engine.parallel.mesh import World, degrees_of, start_world
+from carillon.engine.parallel.mesh import World, degrees_of
+from carillon.engine.parallel.start import start_world
 from carillon.engine.parallel.watchdog import Watchdog
 from carillon.engine.registry.recorder import RunRecorder
 from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints
@@ -59,7 +60,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         Watchdog(config.distributed.watchdog_s) as watchdog,
         StopRequest().listening() as stop,
     ):
-        world = start_world(config.distributed)
+        world = start_world(config.distributed, to_values(config))
         watchdog.join()
         return _train(config, world, fresh, stop)
 
