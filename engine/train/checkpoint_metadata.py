@@ -3,8 +3,8 @@
 Its own metadata is a pickle, and Megatron-Core's has more classes in it. None of these classes is
 made here: each name of an allow-list gives the same inert object, which has the fields that the
 file says and no code. Names, shapes, types and places are then taken out of the fields, checked,
-and the metadata is built anew; the rest is dropped. So no class that torch uses can be changed by a
-file, and no entry is left that DCP would unpickle: tensors alone are.
+and the metadata is built anew; the rest is dropped. So a file can neither run anything nor change a
+class, and no entry is left but tensors, which DCP reads with weights_only; it unpickles others.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class _Fields:
 
 _DCP = "torch.distributed.checkpoint"
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+# Plain values: these are made as what they are.
 _TYPES = frozenset({("torch", "Size"), ("collections", "OrderedDict"), ("builtins", "set")})
+# Nothing of these classes and functions is called or kept: find_class gives _Fields for each.
 _KNOWN = frozenset(
     (module, name)
     for module, names in {

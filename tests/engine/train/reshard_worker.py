@@ -24,7 +24,8 @@ from carillon.engine.models.encoders.vision import VisionOverrides
 from carillon.engine.models.towers.dual_encoder import DualEncoderConfig, build_dual_encoder
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.collectives import by_mesh, gradient_norm, whole
-from carillon.engine.parallel.mesh import DistributedConfig, start_world
+from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.parallel.start import start_world
 from carillon.engine.train.checkpoint import Checkpoint, CheckpointStore
 from carillon.engine.train.checkpoint_reader import read_tensors
 from carillon.engine.train.optim import NamedAdamW, OptimizationConfig, WeightAverage
@@ -69,7 +70,7 @@ class Replica:
 
     def __init__(self, distributed: dict[str, Any]) -> None:
         config = DistributedConfig(device="cpu", precision="fp32", **distributed)
-        self.world = start_world(config)
+        self.world = start_world(config, distributed)
         model = build_dual_encoder(MODEL, vocab_size=51, generator=torch.Generator().manual_seed(1))
         self.model = apply_layout(model, config, self.world)
         optimization = OptimizationConfig(steps=1)
