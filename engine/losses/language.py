@@ -44,6 +44,12 @@ class SplitVocabulary(NamedTuple):
         share = -(-self.size // dist.get_world_size(self.group))
         return min(dist.get_rank(self.group) * share, self.size)
 
+    @property
+    def num_own(self) -> int:
+        """How many words this process has."""
+        share = -(-self.size // dist.get_world_size(self.group))
+        return min(share, self.size - self.first)
+
 
 def language_loss(
     logits_BLV: Tensor,

@@ -1,4 +1,4 @@
-"""Tensor-parallel plans of the models, and the sizes that a degree must divide.
+"""Tensor-parallel plans of the models, and the sizes that decide which degrees fit.
 
 The plan is Megatron's: in each block one sum after attention and one after the MLP. Source: Shoeybi
 et al. 2019 (Megatron-LM), section 3. Rows of `qkv` are head-major, so a share is whole heads.
@@ -13,6 +13,7 @@ from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig, divisors
 from carillon.engine.models.towers.dual_encoder import DualEncoder, DualEncoderConfig
 from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.parallel.pipeline_split import split_problems
 from carillon.engine.parallel.plan import Plan, Split
 from carillon.engine.parallel.zigzag import either, nearest, row_length_errors
 
@@ -67,6 +68,7 @@ def plan_of(model: DualEncoder | Decoder, whole_tower: str | None = None) -> Pla
 def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterator[str]:
     """Why a decoder cannot be laid out so."""
     moe, tp, ep = config.moe, layout.tp, layout.ep
+    yield from split_problems(layout, {"decoder": config.depth})
     sizes = [("model's num_kv_heads", config.kv_heads), ("model.mlp_width", config.mlp_width)]
     if moe.num_experts is not None:
         sizes.append(("model.moe.expert_width", moe.expert_width))
@@ -74,6 +76,11 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
         if size % tp:
             fits = ", ".join(map(str, divisors(size)))
             yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"
+    if layout.sequence_parallel and layout.pp > 1:
+        yield (
+            "distributed.sequence_parallel: true does not run in a decoder's pipeline stages yet; "
+            "drop it, or pp"
+        )
     if layout.compile and tp > 1:
         yield f"distributed.compile: true with tp={tp} does not run in a decoder yet; drop either"
     if ep > 1 and moe.num_experts is None:
@@ -101,6 +108,8 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
 def _context_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterator[str]:
     if layout.cp == 1:
         return
+    if layout.pp > 1:
+        yield f"distributed.cp: {layout.cp} does not run in pipeline stages yet; drop cp, or pp"
     for error in row_length_errors(config.context, layout.cp):
         yield f"distributed.{error}; rows are model.context long"
     local = config.num_heads // layout.tp

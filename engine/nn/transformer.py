@@ -58,13 +58,22 @@ class Block(nn.Module):
         return x_BLD
 
 
+def only(blocks: nn.ModuleList, wanted: range) -> nn.ModuleList:
+    """Those blocks, under the names that they have among all."""
+    kept = nn.ModuleList()
+    for index, block in enumerate(blocks):
+        kept.add_module(str(index), block if index in wanted else None)
+    return kept
+
+
 class Transformer(nn.Module):
     """`depth` blocks in a row: (B, L, D) -> (B, L, D).
 
     Where one token is pooled, nothing of the last block but its keys and values is needed of the
     others. `pool_token` (an index (B,), or one for all) skips that work: (B, L, D) -> (B, 1, D),
     the same values and gradients for 3/4 of the last block less. In a causal stack it needs
-    `pool_mask`, which hides what follows the token.
+    `pool_mask`, which hides what follows the token. Of a stack that was cut into pieces
+    (`only`), the blocks that are left run.
     """
 
     def __init__(self, shape: BlockShape, depth: int) -> None:
@@ -101,6 +110,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
+            if not isinstance(block, Block):  # none: another stage has it
+                continue
             pools = index == last and pool_token is not None
             arguments = (x_BLD, pool_mask, pool_token) if pools else (x_BLD, mask, None)
             if self.activation_recompute and torch.is_grad_enabled():
@@ -109,9 +120,10 @@ class Transformer(nn.Module):
                 x_BLD = block(*arguments)
         return x_BLD
 
-    def flops(self, num_tokens: int, *, pooled: bool) -> int:
-        """Forward matmul FLOPs of one sequence, attention counted in full (causal or not)."""
+    def costs(self, num_tokens: int, *, pooled: bool) -> list[int]:
+        """Forward matmul FLOPs of each block for one sequence, attention counted in full (causal
+        or not)."""
         width, tokens, depth = self.shape.width, num_tokens, len(self.blocks)
         qkv, per_query = 3 * width * width, width * width + 2 * width * self.shape.mlp_width
-        queries = tokens * (depth - 1) + (1 if pooled else tokens)
-        return 2 * (depth * tokens * qkv + queries * (per_query + 2 * tokens * width))
+        queries = [tokens] * (depth - 1) + [1 if pooled else tokens]
+        return [2 * (tokens * qkv + num * (per_query + 2 * tokens * width)) for num in queries]

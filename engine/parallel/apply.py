@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import overload
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -23,13 +23,22 @@ from carillon.engine.parallel.expert import split_experts
 from carillon.engine.parallel.fp8 import split_fp8
 from carillon.engine.parallel.fsdp import shard_over_data
 from carillon.engine.parallel.mesh import DistributedConfig, World
+from carillon.engine.parallel.pipelined_decoder import PipelinedDecoder
+from carillon.engine.parallel.pipelined_dual_encoder import PipelinedDualEncoder
 from carillon.engine.parallel.tensor import overlap_exchange, split_tensors
 
-M = TypeVar("M", DualEncoder, Decoder)
+LaidOut = DualEncoder | PipelinedDualEncoder
+LaidOutDecoder = Decoder | PipelinedDecoder
 
 
-def apply_layout(model: M, config: DistributedConfig, world: World) -> M:
-    """Lay `model` out over the world, in place; returns it.
+@overload
+def apply_layout(model: DualEncoder, config: DistributedConfig, world: World) -> LaidOut: ...
+@overload
+def apply_layout(model: Decoder, config: DistributedConfig, world: World) -> LaidOutDecoder: ...
+def apply_layout(
+    model: DualEncoder | Decoder, config: DistributedConfig, world: World
+) -> LaidOut | LaidOutDecoder:
+    """Lay `model` out over the world and return it: itself, or this process's stages of it.
 
     Raises UserError for a layout that a decoder cannot have.
     """
@@ -37,38 +46,50 @@ def apply_layout(model: M, config: DistributedConfig, world: World) -> M:
         problems = list(decoder_problems(model.config, config))
         if problems:
             raise UserError("; ".join(problems))
-    model.to(world.device)
-    tp = world.axis("tp")
+    pp, tp = world.axis("pp"), world.axis("tp")
+    laid_out: LaidOut | LaidOutDecoder = model
+    if pp is not None:
+        laid_out = (
+            PipelinedDualEncoder(model, config, pp.get_group(), world.device)
+            if isinstance(model, DualEncoder)
+            else PipelinedDecoder(model, config, pp.get_group(), world.device)
+        )
+    laid_out.to(world.device)
+    roots: list[nn.Module] = [laid_out]
+    if isinstance(laid_out, PipelinedDualEncoder | PipelinedDecoder):
+        roots = list(laid_out.parts)
     if tp is not None:
         plan = plan_of(model, config.tp_whole_tower)
-        split_tensors(model, plan, tp, by_tokens=config.sequence_parallel)
+        for root in roots:
+            split_tensors(root, plan, tp, by_tokens=config.sequence_parallel)
         if config.async_tp:
             overlap_exchange(tp)
-    split_experts(model, world, config.dispatcher)
+    split_experts(laid_out, world, config.dispatcher)
     context = world.axis("cp")
     if context is not None:
-        share_context(model, config.cp_method, context.get_group())
+        share_context(laid_out, config.cp_method, context.get_group())
     if config.precision == "fp8":
         layers = to_fp8(
-            model,
+            laid_out,
             config.fp8_recipe,
             provider=config.fp8_provider,
             keep_blocks=config.fp8_keep_blocks,
             history=config.fp8_history,
         )
         split_fp8(layers.values(), world.group)
-    model.set_recompute(config.grad_checkpointing)
+    laid_out.set_recompute(config.grad_checkpointing)
     if config.compile:
         # Split blocks are compiled per length: with symbolic sizes DTensor recurses without end.
         dynamic = world.degrees.tp == 1
-        for block in _blocks(model):
+        for block in _blocks(laid_out):
             block.compile(dynamic=dynamic)
-    reshard = config.zero_stage == 3
-    shard_over_data(model, [model], _blocks(model), config, world, reshard=reshard)
-    return model
+    # A pipeline's schedule gathers and frees the weights of its stages itself.
+    reshard = config.zero_stage == 3 and pp is None
+    shard_over_data(laid_out, roots, _blocks(laid_out), config, world, reshard=reshard)
+    return laid_out
 
 
-def _blocks(model: DualEncoder | Decoder) -> Iterator[nn.Module]:
+def _blocks(model: LaidOut | LaidOutDecoder) -> Iterator[nn.Module]:
     return iter(model.blocks) if isinstance(model, Decoder) else model.blocks()
 
 

@@ -172,11 +172,17 @@ def scale_gradient(values: Tensor, factor: float) -> Tensor:
     return same
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients, laid out in whatever ways. Shape: ()."""
+def gradient_norm(
+    parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """The 2-norm of all gradients, laid out in whatever ways. Shape: ().
+
+    With a group, of what its processes hold together, each gradient given by one of them.
+    """
     groups = by_mesh([parameter.grad for parameter in parameters if parameter.grad is not None])
     norms = [whole(torch.nn.utils.get_total_norm(gradients)) for gradients in groups]
-    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    return norm if group is None else sum_over(norm.square(), group).sqrt()
 
 
 def by_mesh(tensors: Iterable[T]) -> list[list[T]]:

@@ -2,10 +2,9 @@
 
 Experts have no axis of their own: their ep processes are neighbours in dp_shard x cp, which for
 other weights shard one replica. So there are up to three views of the same processes, in the same
-order (`Meshes`). Data, tensor, expert and context parallelism run today; pp is laid out and refused
-above 1 until its mechanism joins. `zero_stage` in the PRD's terms maps onto FSDP2: 0 replicates, 1
-and 2 shard parameters but keep them gathered between forward and backward, 3 frees them again. The
-meshes are passed in, never global.
+order (`Meshes`). `zero_stage` in the PRD's terms maps onto FSDP2: 0 replicates, 1 and 2 shard
+parameters but keep them gathered between forward and backward, 3 frees them again. The meshes are
+passed in, never global.
 Status: runs on CPU with gloo; CUDA with NCCL has not run on a GPU yet.
 """
 
@@ -78,7 +77,22 @@ class DistributedConfig:
     dp_shard: int | None = setting(
         None, "Processes that shard one replica; none: what is left.", min=1, hashed=False
     )
-    pp: int = setting(1, "Pipeline stages.", min=1, hashed=False)
+    pp: int = setting(1, "Pipeline-parallel processes.", min=1, hashed=False)
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved1f1b", "interleaved_zero_bubble", "zbv"] = (
+        setting("1f1b", "Order of a pipeline's forward and backward passes.", hashed=False)
+    )
+    pp_stages_per_rank: int = setting(
+        2,
+        "Stages on each process of an interleaved schedule; zbv has 2, gpipe and 1f1b 1.",
+        min=1,
+        max=64,
+        hashed=False,
+    )
+    pp_split: dict[str, tuple[int, ...]] = setting(
+        {},
+        "Blocks of each stage, by tower; a tower left out is balanced by FLOPs.",
+        hashed=False,
+    )
     cp: int = setting(1, "Context-parallel processes.", min=1, hashed=False)
     cp_method: ContextMethod = setting(
         "ring",
@@ -142,11 +156,7 @@ class DistributedConfig:
     )
 
     def check(self) -> Iterator[str]:
-        if self.pp > 1:
-            yield (
-                f"pp: {self.pp} given; this axis comes with the parallel layouts (after data "
-                "parallel and FSDP). Set distributed.pp=1"
-            )
+        yield from self._check_pipeline()
         if self.zero_stage == 0 and (self.dp_shard or 1) > 1:
             yield (
                 f"dp_shard: {self.dp_shard} given, but zero_stage=0 shards nothing; set "
@@ -201,6 +211,8 @@ class DistributedConfig:
                 yield f"fp8_shadow: given, but precision is {self.precision}; drop it"
             return
         yield from provider_problems(self.fp8_provider, self.fp8_recipe)
+        if self.pp > 1:
+            yield f"precision: fp8 does not run in pipeline stages yet (pp={self.pp}); use bf16"
         if self.fp8_recipe != "delayed" and changed(self, "fp8_history"):
             yield f"fp8_history: {self.fp8_history} given, but fp8_recipe is {self.fp8_recipe}"
         if self.fp8_provider not in ("auto", "native") and self.tp > 1:
@@ -212,10 +224,23 @@ class DistributedConfig:
             yield "fp8_recipe: delayed is not compiled yet; use tensorwise, or compile=false"
         if self.compile and self.tp > 1:
             yield f"compile: fp8 with tp={self.tp} is not compiled yet; use compile=false, or bf16"
-        if self.fp8_recipe == "delayed" and self.pp > 1:
+
+    def _check_pipeline(self) -> Iterator[str]:
+        unused = changed(self, "pp_schedule", "pp_stages_per_rank")
+        unused += ["pp_split"] if self.pp_split else []
+        if self.pp == 1 and unused:
+            yield f"{unused[0]}: given, but pp=1 has no pipeline; raise pp, or drop it"
+        interleaved = self.pp_schedule.startswith("interleaved")
+        if self.pp > 1 and changed(self, "pp_stages_per_rank") and not interleaved:
             yield (
-                f"fp8_recipe: delayed does not run with pipeline stages yet (pp={self.pp}); use "
-                "tensorwise, or pp=1"
+                f"pp_stages_per_rank: {self.pp_stages_per_rank} given, but pp_schedule is "
+                f"{self.pp_schedule}; use an interleaved one, or drop it"
+            )
+        if self.compile and self.pp > 1 and self.pp_schedule in ("interleaved_zero_bubble", "zbv"):
+            yield (
+                f"compile: true does not go with pp_schedule={self.pp_schedule}, which takes "
+                "gradients of inputs and weights apart; use 1f1b or interleaved1f1b, or compile "
+                "false"
             )
 
 

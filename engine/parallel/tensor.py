@@ -34,7 +34,7 @@ from torch.distributed.tensor.parallel import (
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.nn.moe import Moe
 from carillon.engine.nn.norm import LayerNorm, RMSNorm
-from carillon.engine.nn.transformer import Transformer
+from carillon.engine.nn.transformer import Block, Transformer
 from carillon.engine.parallel.plan import Plan, Split
 
 _HEADS_DIM = 1  # of queries and keys, (B, H, L, K)
@@ -73,8 +73,9 @@ def _blocks_by_tokens(stream: nn.Module) -> Iterator[list[nn.Module]]:
             whole = {part for mixture in _mixtures(block) for part in mixture.modules()}
             yield [part for part in block.modules() if part not in whole]
     elif isinstance(stream, Transformer):
-        for block in stream.blocks[:-1]:
-            yield list(block.modules())
+        for block in list(stream.blocks)[:-1]:
+            if isinstance(block, Block):
+                yield list(block.modules())
     else:
         raise TypeError(f"{type(stream).__name__} has no residual stream that is known here")
 
@@ -110,11 +111,13 @@ def _lay_by_tokens(stream: nn.Module, mesh: DeviceMesh) -> None:
         whole = DTensor.from_local(x_BLD, mesh, [Replicate()], run_check=False)
         return whole.redistribute(placements=[Shard(_TOKENS_DIM)]).to_local()
 
-    def join(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        x_BLD = arguments[0]
+    def joined(x_BLD: Tensor) -> Tensor:
         if not isinstance(x_BLD, DTensor):
             x_BLD = DTensor.from_local(x_BLD, mesh, [Shard(_TOKENS_DIM)], run_check=False)
-        return (x_BLD.redistribute(placements=[Replicate()]).to_local(), *arguments[1:])
+        return x_BLD.redistribute(placements=[Replicate()]).to_local()
+
+    def join(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (joined(arguments[0]), *arguments[1:])
 
     if isinstance(stream, Decoder):
         stream.blocks[0].register_forward_pre_hook(
@@ -125,11 +128,18 @@ def _lay_by_tokens(stream: nn.Module, mesh: DeviceMesh) -> None:
             mixture.register_forward_pre_hook(join)
             mixture.register_forward_hook(lambda _, arguments, y_BLD: cut(y_BLD))
     elif isinstance(stream, Transformer) and len(stream.blocks) > 1:
-        stream.blocks[-1].register_forward_pre_hook(join)
-        _pad(stream, cut, mesh.size())
+        last = stream.blocks[-1]
+        if isinstance(last, Block):  # else another piece of the stack has it
+            last.register_forward_pre_hook(join)
+        _pad(stream, cut, joined, mesh.size())
 
 
-def _pad(stack: Transformer, cut: Callable[[Tensor], Tensor], degree: int) -> None:
+def _pad(
+    stack: Transformer,
+    cut: Callable[[Tensor], Tensor],
+    joined: Callable[[Tensor], Tensor],
+    degree: int,
+) -> None:
     """Have as many tokens go through `stack` as shares need, and only the own ones come out."""
     whole_forward = stack.forward
 
@@ -146,8 +156,11 @@ def _pad(stack: Transformer, cut: Callable[[Tensor], Tensor], degree: int) -> No
             pool_mask = _hide(pool_mask, length, missing, x_BLD.device)
             if mask is not None or not stack.shape.causal:
                 mask = _hide(mask, length, missing, x_BLD.device)
-        return whole_forward(cut(x_BLD), mask, pool_token, pool_mask)[:, :length]
+        y_BLD = whole_forward(cut(x_BLD), mask, pool_token, pool_mask)
+        # A copy: what is sent to the next piece must not be on its way itself.
+        return y_BLD[:, :length] if has_last else joined(y_BLD)[:, :length].clone()
 
+    has_last = isinstance(stack.blocks[-1], Block)
     stack.forward = forward  # type: ignore[method-assign]
 
 

@@ -39,21 +39,29 @@ from carillon.engine.train.checkpoint_metadata import (
 T = TypeVar("T")
 
 
-def read_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], *, partial: bool) -> None:
+def read_tensors(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, Tensor],
+    *,
+    partial: bool,
+    shapes: Mapping[str, torch.Size] | None = None,
+) -> None:
     """Fill `tensors` in place, whatever layout wrote them.
 
     `partial` allows the checkpoint to hold more (optimizer state when only weights are wanted).
+    `shapes` are those of the whole model's tensors where this process has a part of them only.
     Raises UserError when names or shapes are not this model's. Call `verify` first.
     """
     expect_one_process()
-    reader = _agreed(lambda: _open(checkpoint, tensors, partial))
+    shapes = shapes or {name: tensor.shape for name, tensor in tensors.items()}
+    reader = _agreed(lambda: _open(checkpoint, shapes, partial))
     try:
         load_tensors(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:  # a BaseException of DCP's, around any failure to read
         raise UserError(f"checkpoint {checkpoint.path} cannot be read: {told(error)}") from error
 
 
-def _open(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], partial: bool) -> StorageReader:
+def _open(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], partial: bool) -> StorageReader:
     path = checkpoint.path
     parts = open_parts(path, checkpoint.step)
     reader: StorageReader
@@ -66,7 +74,7 @@ def _open(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], partial: bool) 
             f"checkpoint {path} is in a form that is not trained from: make one that is by "
             "'carillon checkpoint convert FOLDER --to dcp --out FOLDER'"
         )
-    _check_same_model(reader.read_metadata(), tensors, checkpoint, partial)
+    _check_same_model(reader.read_metadata(), shapes, checkpoint, partial)
     return reader
 
 
@@ -90,16 +98,16 @@ def _agreed(work: Callable[[], T]) -> T:
 
 
 def _check_same_model(
-    metadata: Metadata, tensors: Mapping[str, Tensor], checkpoint: Checkpoint, partial: bool
+    metadata: Metadata, shapes: Mapping[str, torch.Size], checkpoint: Checkpoint, partial: bool
 ) -> None:
     stored = {
         name: entry.size
         for name, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    missing = sorted(set(tensors) - set(stored))
-    extra = [] if partial else sorted(set(stored) - set(tensors))
-    wrong = sorted(n for n, t in tensors.items() if n in stored and t.shape != stored[n])
+    missing = sorted(set(shapes) - set(stored))
+    extra = [] if partial else sorted(set(stored) - set(shapes))
+    wrong = sorted(n for n, shape in shapes.items() if n in stored and shape != stored[n])
     problems = [
         f"{len(names)} {what} (first: {names[0]})"
         for names, what in ((missing, "missing"), (extra, "unknown"), (wrong, "of another shape"))

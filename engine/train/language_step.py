@@ -2,7 +2,7 @@
 
 A mean over tokens is a sum of sums, so microbatches simply add up: the number of tokens that count
 in the global batch is known before the first of them.
-Left out: pipelines, which have a step of their own.
+A pipeline's schedule takes them itself.
 """
 
 from __future__ import annotations
@@ -16,39 +16,48 @@ from torch import Tensor
 
 from carillon.engine.data.packed_rows import PackedRows
 from carillon.engine.losses.language import SplitVocabulary, counted, language_loss
-from carillon.engine.models.towers.decoder import Decoder
-from carillon.engine.parallel.apply import gradient_sync
+from carillon.engine.parallel.apply import LaidOutDecoder, gradient_sync
 from carillon.engine.parallel.collectives import sum_over
 from carillon.engine.parallel.mesh import World
+from carillon.engine.parallel.pipelined_decoder import PipelinedDecoder
 
 
 def language_forward_backward(
-    model: Decoder,
-    microbatches: list[PackedRows],
+    model: LaidOutDecoder,
+    rows: PackedRows,
+    num_microbatches: int,
     *,
     world: World | None,
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> Tensor:
     """Add the gradients of this process's rows; returns its loss, a detached scalar.
 
-    The mean of the losses over `World.loss_group` is the loss of the global batch. Microbatches
-    must be of the same number of rows, which routers' auxiliary losses are means over.
+    The mean of the losses over `World.loss_group` is the loss of the global batch. Microbatches are
+    of the same number of rows, which routers' auxiliary losses are means over.
     """
     group = world.loss_group if world is not None else None
-    counts = torch.stack([counted(rows.labels) for rows in microbatches])
-    num_tokens = sum_over(counts.sum(), group)
+    num_tokens = sum_over(counted(rows.labels), group)
     num_processes = dist.get_world_size(group) if group is not None else 1
     tp = world.axis("tp") if world is not None else None
-    split = None if tp is None else SplitVocabulary(tp.get_group(), model.token.num_embeddings)
-    model.set_batch_share(1 / len(microbatches))
+    split = None if tp is None else SplitVocabulary(tp.get_group(), model.vocab_size)
+    if isinstance(model, PipelinedDecoder):
+        return model.forward_backward(
+            rows,
+            num_microbatches,
+            num_tokens=num_tokens,
+            num_processes=num_processes,
+            split=split,
+            autocast=autocast,
+        ).detach()
+    model.set_batch_share(1 / num_microbatches)
     losses = []
-    for index, rows in enumerate(microbatches):
-        with gradient_sync(model, enabled=index == len(microbatches) - 1):
+    for index, part in enumerate(rows.split(len(rows.tokens) // num_microbatches)):
+        with gradient_sync(model, enabled=index == num_microbatches - 1):
             with autocast():
-                logits_BLV = model(rows.tokens, rows.positions, rows.offsets)
+                logits_BLV = model(part.tokens, part.positions, part.offsets)
             loss = language_loss(
                 logits_BLV,
-                rows.labels,
+                part.labels,
                 num_tokens=num_tokens,
                 num_processes=num_processes,
                 split=split,

@@ -27,6 +27,7 @@ from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.determinism import fixed_order
 from carillon.engine.parallel.mesh import World, degrees_of
+from carillon.engine.parallel.pipeline_split import microbatch_problem
 from carillon.engine.parallel.start import start_world
 from carillon.engine.parallel.watchdog import Watchdog
 from carillon.engine.registry.recorder import RunRecorder
@@ -104,6 +105,9 @@ def check_layout(config: RunConfig, world_size: int) -> None:
             f"data.batch_size: {batch} pairs do not divide over {data} data-parallel processes; "
             f"use {near} processes, or another batch size"
         )
+    problem = microbatch_problem(config.distributed, config.data.micro_batch_size, batch // data)
+    if problem is not None:
+        raise UserError(problem)
 
 
 def on_main(world: World, work: Callable[[], T], *, share: bool = True) -> T | None:

@@ -49,6 +49,7 @@ from carillon.engine.models.towers.dual_encoder import (
 )
 from carillon.engine.nn.fp8 import UNIT as FP8_UNIT
 from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.parallel.pipeline_split import split_problems
 from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints, write_durably
 from carillon.engine.train.checkpoint_reader import read_tensors
 from carillon.engine.train.optim import OptimizationConfig
@@ -135,6 +136,7 @@ class RunConfig:
             )
         if self.distributed.precision == "fp8":
             yield from self._check_fp8()
+        yield from split_problems(self.distributed, depths(self.model))
         asked = self.data.augment.text.max_len
         if asked is not None and asked > context:
             yield (

@@ -17,17 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from carillon.engine.data.loader import Batch
+from carillon.engine.data.loader import Batch, joined
 from carillon.engine.data.transforms import normalize
 from carillon.engine.models.towers.dual_encoder import DualEncoder, DualFeatures
-from carillon.engine.parallel.apply import gradient_sync
+from carillon.engine.parallel.apply import LaidOut, gradient_sync
+from carillon.engine.parallel.pipelined_dual_encoder import PipelinedDualEncoder
 
 Objective = Callable[[DualFeatures, dist.ProcessGroup | None, Tensor | None], Tensor]
 Autocast = Callable[[], AbstractContextManager[None]]
 
 
 def forward_backward(
-    model: DualEncoder,
+    model: LaidOut,
     objective: Objective,
     microbatches: list[Batch],
     *,
@@ -38,6 +39,8 @@ def forward_backward(
 
     The mean of the losses over the data ranks is the loss of the global batch.
     """
+    if isinstance(model, PipelinedDualEncoder):
+        return _through_pipelines(model, objective, microbatches, group, autocast)
     if len(microbatches) == 1:
         loss = objective(_features(model, microbatches[0], autocast), group, microbatches[0].ids)
         torch.autograd.backward(loss)
@@ -101,6 +104,23 @@ def _cached_gradients(
                         outputs.append(output)
                         grads.append(_grad(leaf))
             torch.autograd.backward(outputs, grads)
+    return loss.detach()
+
+
+def _through_pipelines(
+    model: PipelinedDualEncoder,
+    objective: Objective,
+    microbatches: list[Batch],
+    group: dist.ProcessGroup | None,
+    autocast: Autocast,
+) -> Tensor:
+    """Cached gradients again, where a schedule of the pipeline takes the microbatches in turn."""
+    batch, num = joined(microbatches), len(microbatches)
+    image, text = (_leaf(features) for features in model.features(batch, num, autocast))
+    scale, bias = model.scale()
+    loss = objective(DualFeatures(image, text, scale, bias), group, batch.ids)
+    torch.autograd.backward(loss)  # into scale and bias, too
+    model.backpropagate(batch, num, _grad(image), _grad(text))
     return loss.detach()
 
 

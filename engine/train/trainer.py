@@ -30,6 +30,7 @@ from carillon.engine.log import Progress, Sink, cut_jsonl, logger
 from carillon.engine.losses.contrastive import ContrastiveObjective
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8_layers import delayed_scaling, full_products
+from carillon.engine.parallel.apply import LaidOut
 from carillon.engine.parallel.collectives import (
     by_mesh,
     gradient_norm,
@@ -38,6 +39,9 @@ from carillon.engine.parallel.collectives import (
     whole,
 )
 from carillon.engine.parallel.mesh import World
+from carillon.engine.parallel.pipeline import gather_named
+from carillon.engine.parallel.pipeline_split import microbatch_size
+from carillon.engine.parallel.pipelined_dual_encoder import PipelinedDualEncoder
 from carillon.engine.train.checkpoint import Checkpoint, CheckpointStore
 from carillon.engine.train.checkpoint_reader import read_tensors
 from carillon.engine.train.fp8_shadow import Fp8Shadow
@@ -62,7 +66,7 @@ class Trainer:
         config: RunConfig,
         world: World,
         *,
-        model: DualEncoder,
+        model: LaidOut,
         loader: TrainingLoader,
         path: Path,
         evaluator: Evaluator,
@@ -104,10 +108,12 @@ class Trainer:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Take everything from a verified checkpoint, whatever layout wrote it."""
-        read_tensors(checkpoint, self._tensors(), partial=False)
+        tensors = self._tensors()
+        read_tensors(checkpoint, tensors, partial=False, shapes=self._shapes_of_all(tensors))
         state = checkpoint.state
         self.step = int(state["step"])
-        counts = {} if self.world.is_main else dict.fromkeys(self.loader.counts(), 0)
+        first = self.world.data_rank == 0  # on every process with its samples: copies are averaged
+        counts = {} if first else dict.fromkeys(self.loader.counts(), 0)
         self.loader.load_state_dict(state["loader"] | counts)
         self.guard.load_state_dict(state["guard"])
         self.best = {int(step): float(metric) for step, metric in state["best"].items()}
@@ -215,7 +221,10 @@ class Trainer:
         self._report_batch(batch)
         torch.manual_seed(stable_hash(self.config.experiment.seed, "step", self.step))
         local = batch.to(self.world.device)
-        parts = local.microbatches(self.config.data.micro_batch_size or len(batch.keys))
+        size = microbatch_size(
+            self.config.distributed, self.config.data.micro_batch_size, len(batch.keys)
+        )
+        parts = local.microbatches(size)
         group, autocast = self.world.data_group, self._autocast
         shadow = self._shadow_loss(parts) if self.shadow.due(self.step + 1) else None
         loss = forward_backward(self.model, self.objective, parts, group=group, autocast=autocast)
@@ -250,6 +259,7 @@ class Trainer:
 
     def _shadow_loss(self, parts: list[Batch]) -> float:
         """Of the global batch and the weights before this step, by bfloat16 products."""
+        assert isinstance(self.model, DualEncoder)  # fp8 runs in no pipeline
         with full_products(self.model):
             loss = loss_alone(
                 self.model,
@@ -263,7 +273,10 @@ class Trainer:
 
     def _clip(self) -> float:
         limit = self.config.optimization.clip_norm or math.inf
-        norm = gradient_norm(self.model.parameters())
+        if isinstance(self.model, PipelinedDualEncoder):
+            norm = gradient_norm(self.model.counted_parameters(), self._pipeline)
+        else:
+            norm = gradient_norm(self.model.parameters())
         for parameters in by_mesh(self.model.parameters()):
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return float(norm)
@@ -331,11 +344,28 @@ class Trainer:
                 logger.info("step %d  retrieval: mean R@10 %.2f%%", self.step, 100 * self._metric)
 
     def _weights(self) -> dict[str, Tensor]:
-        """Whole plain tensors of what is evaluated: the average when one is kept."""
+        """Whole plain tensors of what is evaluated, on the main rank: the average when one is
+        kept."""
         source: Mapping[str, Tensor] = dict(self.model.named_parameters())
         if self.average is not None:
             source = self.average.tensors
-        return {name: whole(value.detach()) for name, value in source.items()}
+        weights = {name: whole(value.detach()) for name, value in source.items()}
+        return gather_named(weights, self._pipeline, to_all=False)
+
+    @property
+    def _pipeline(self) -> dist.ProcessGroup | None:
+        """Processes that hold other stages; none without a pipeline."""
+        mesh = self.world.axis("pp")
+        return mesh.get_group() if mesh is not None else None
+
+    def _shapes_of_all(self, tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        """Of the tensors of all stages: each process judges the checkpoint by the same."""
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if self._pipeline is None:
+            return shapes
+        parts: list[Any] = [None] * dist.get_world_size(self._pipeline)
+        dist.all_gather_object(parts, shapes, group=self._pipeline)
+        return {name: shape for part in parts for name, shape in part.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}

@@ -74,6 +74,9 @@ class TextTransformer(nn.Module):
     Source: Radford et al. 2021 (CLIP), section 2.4.
     """
 
+    EMBEDDING = ("token", "position")
+    HEAD = ("post_norm",)
+
     def __init__(self, config: TextConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
@@ -99,25 +102,50 @@ class TextTransformer(nn.Module):
 
     def forward(self, tokens_BL: Tensor, lengths_B: Tensor) -> Tensor:
         """Raises ValueError for tokens longer than the context."""
+        return self.finish(self.encode(self.embed(tokens_BL), lengths_B), lengths_B)
+
+    def embed(self, tokens_BL: Tensor) -> Tensor:
+        """What the first block takes."""
         length = tokens_BL.shape[1]
         if length > self.config.context:
             raise ValueError(
                 f"tokens of length {length} given; this model takes at most {self.config.context}"
             )
-        x_BLD = self.token(tokens_BL) + self.position[:length]
-        valid_BL = torch.arange(length, device=lengths_B.device) < lengths_B[:, None]
-        keys = valid_BL[:, None, None]
+        x_BLD: Tensor = self.token(tokens_BL) + self.position[:length]
+        return x_BLD
+
+    def encode(self, x_BLD: Tensor, lengths_B: Tensor) -> Tensor:
+        """The blocks: (B, L, D), or (B, 1, D) where one token is pooled."""
+        keys = _valid(x_BLD.shape[1], lengths_B)[:, None, None]
         mask = None if self.config.causal else keys
+        encoded: Tensor
+        if self.config.pool == "mean":
+            encoded = self.transformer(x_BLD, mask)
+        else:
+            token = lengths_B - 1 if self.config.pool == "eot" else 0
+            encoded = self.transformer(x_BLD, mask, pool_token=token, pool_mask=keys)
+        return encoded
+
+    def finish(self, x_BLD: Tensor, lengths_B: Tensor) -> Tensor:
+        """Norm and pool, after the last block: (B, D)."""
         pooled_BD: Tensor
         if self.config.pool == "mean":
-            kept_BLD = self.post_norm(self.transformer(x_BLD, mask)) * valid_BL[..., None]
-            pooled_BD = kept_BLD.sum(1) / lengths_B[:, None]
-            return pooled_BD
-        token = lengths_B - 1 if self.config.pool == "eot" else 0
-        x_BLD = self.transformer(x_BLD, mask, pool_token=token, pool_mask=keys)
-        pooled_BD = self.post_norm(x_BLD.squeeze(1))
+            valid_BL = _valid(x_BLD.shape[1], lengths_B)
+            pooled_BD = (self.post_norm(x_BLD) * valid_BL[..., None]).sum(1) / lengths_B[:, None]
+        else:
+            pooled_BD = self.post_norm(x_BLD.squeeze(1))
         return pooled_BD
+
+    def costs(self, length: int) -> list[int]:
+        """Forward matmul FLOPs of a caption of `length` tokens: of the embedding (a look-up), of
+        each block, of the pool."""
+        return [0, *self.transformer.costs(length, pooled=self.config.pool != "mean"), 0]
 
     def flops(self, length: int) -> int:
         """Forward matmul FLOPs of one caption of `length` tokens."""
-        return self.transformer.flops(length, pooled=self.config.pool != "mean")
+        return sum(self.costs(length))
+
+
+def _valid(length: int, lengths_B: Tensor) -> Tensor:
+    """Which of `length` tokens are no padding: (B, L)."""
+    return torch.arange(length, device=lengths_B.device) < lengths_B[:, None]

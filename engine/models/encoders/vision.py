@@ -99,6 +99,9 @@ class VisionTransformer(nn.Module):
     registers of Darcet et al. 2024.
     """
 
+    EMBEDDING = ("patch", "class_token", "position", "registers", "pre_norm")
+    HEAD = ("post_norm", "pool")
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
@@ -136,14 +139,27 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Raises ValueError for images of another size or number of channels."""
+        return self.finish(self.encode(self.embed(images_BCHW)))
+
+    def embed(self, images_BCHW: Tensor) -> Tensor:
+        """What the first block takes."""
         x_BLD = self._embed(images_BCHW)
-        if self.pre_norm is not None:
-            x_BLD = self.pre_norm(x_BLD)
+        return x_BLD if self.pre_norm is None else self.pre_norm(x_BLD)
+
+    def encode(self, x_BLD: Tensor) -> Tensor:
+        """The blocks: (B, L, D), or (B, 1, D) where one token is pooled."""
+        encoded: Tensor = self.transformer(
+            x_BLD, pool_token=0 if self.config.pool == "class" else None
+        )
+        return encoded
+
+    def finish(self, x_BLD: Tensor) -> Tensor:
+        """Norm and pool, after the last block: (B, D)."""
         pooled_BD: Tensor
         if self.config.pool == "class":
-            pooled_BD = self.post_norm(self.transformer(x_BLD, pool_token=0).squeeze(1))
+            pooled_BD = self.post_norm(x_BLD.squeeze(1))
             return pooled_BD
-        x_BLD = self.post_norm(self.transformer(x_BLD)[:, : self.config.num_patches])
+        x_BLD = self.post_norm(x_BLD[:, : self.config.num_patches])
         pooled_BD = x_BLD.mean(1) if self.pool is None else self.pool(x_BLD)
         return pooled_BD
 
@@ -159,16 +175,21 @@ class VisionTransformer(nn.Module):
             return x_BLD
         return torch.cat([x_BLD, self.registers.expand(x_BLD.shape[0], -1, -1)], dim=1)
 
-    def flops(self, image_size: int) -> int:
-        """Forward matmul FLOPs of one picture, pooling included."""
+    def costs(self, image_size: int) -> list[int]:
+        """Forward matmul FLOPs of one picture: of the embedding, of each block, of the pool."""
         config = replace(self.config, image_size=image_size)
-        total = 2 * config.num_patches * self.patch.in_features * config.width
-        total += self.transformer.flops(config.num_tokens, pooled=config.pool == "class")
+        patches = 2 * config.num_patches * self.patch.in_features * config.width
+        pool = 0
         if self.pool is not None:
             width, tokens = config.width, config.num_patches
             projections = 2 * tokens * width * width + width * width
-            total += 2 * (projections + 2 * width * config.mlp_width + 2 * tokens * width)
-        return total
+            pool = 2 * (projections + 2 * width * config.mlp_width + 2 * tokens * width)
+        blocks = self.transformer.costs(config.num_tokens, pooled=config.pool == "class")
+        return [patches, *blocks, pool]
+
+    def flops(self, image_size: int) -> int:
+        """Forward matmul FLOPs of one picture, pooling included."""
+        return sum(self.costs(image_size))
 
 
 def patches(images_BCHW: Tensor, config: VisionConfig) -> Tensor:

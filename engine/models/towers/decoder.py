@@ -11,6 +11,7 @@ Legend: B rows, L tokens of a row, D width, V vocabulary, S offsets of a row's d
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -35,7 +36,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.vocab_size = config, vocab_size
         self.activation_recompute = False
         shape = _block_shape(config)
         self.token = nn.Embedding(vocab_size, config.width)
@@ -64,15 +65,7 @@ class Decoder(nn.Module):
         """`positions_BL`: a token's place in its document. `offsets_BS` int32: where a row's
         documents start, and its end; from 0 to L, padded with L at the end.
         """
-        head_dim = self.config.width // self.config.num_heads
-        rotations_BLJ = rotations(positions_BL, head_dim, self.config.rope_base)
-        x_BLD = self.token(tokens_BL)
-        for block in self.blocks:
-            given = (x_BLD, rotations_BLJ, offsets_BS)
-            if self.activation_recompute and torch.is_grad_enabled():
-                x_BLD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BLD = block(*given)
+        x_BLD = through_blocks(self, self.token(tokens_BL), positions_BL, offsets_BS)
         logits_BLV: Tensor = self.head(self.norm(x_BLD))
         return logits_BLV
 
@@ -87,9 +80,7 @@ class Decoder(nn.Module):
 
     def routers(self) -> Iterator[Router]:
         """The routers of the mixtures, first block first."""
-        for module in self.modules():
-            if isinstance(module, Moe):
-                yield module.router
+        return routers(self)
 
     def no_decay_names(self) -> frozenset[str]:
         """Parameters without weight decay: the gains."""
@@ -100,19 +91,57 @@ class Decoder(nn.Module):
 
         A token's own experts alone; attention in full over a row, though causal and by document.
         """
+        return sum(self.costs(length))
+
+    def costs(self, length: int) -> list[int]:
+        """The same by parts: of the embedding (a look-up), of each block, of the head."""
         config, shape = self.config, _block_shape(self.config)
         head_dim = config.width // config.num_heads
         attention = config.width * head_dim * 2 * (config.num_heads + config.kv_heads)
         attention += 2 * length * config.width
-        mlp_widths = [config.mlp_width] * config.depth
-        routing = 0
+        mlp_widths, routing = [config.mlp_width] * config.depth, [0] * config.depth
         if shape.moe is not None:
-            num_mixtures = config.depth - config.moe.dense_blocks
+            mixtures = slice(config.moe.dense_blocks, None)
+            num = config.depth - config.moe.dense_blocks
             used = config.moe.k + config.moe.shared_experts
-            mlp_widths[config.moe.dense_blocks :] = [used * config.moe.expert_width] * num_mixtures
-            routing = num_mixtures * config.width * shape.moe.router.num_experts
-        mlps = 3 * config.width * sum(mlp_widths)
-        return 2 * (config.depth * attention + mlps + routing + self.head.weight.numel())
+            mlp_widths[mixtures] = [used * config.moe.expert_width] * num
+            routing[mixtures] = [config.width * shape.moe.router.num_experts] * num
+        blocks = [
+            2 * (attention + 3 * config.width * mlp_width + routed)
+            for mlp_width, routed in zip(mlp_widths, routing, strict=True)
+        ]
+        return [0, *blocks, 2 * self.head.weight.numel()]
+
+
+class Stack(Protocol):
+    """What `through_blocks` knows of a decoder, or of a piece of one."""
+
+    config: DecoderConfig
+    blocks: nn.ModuleList
+    activation_recompute: bool
+
+
+def through_blocks(stack: Stack, x_BLD: Tensor, positions_BL: Tensor, offsets_BS: Tensor) -> Tensor:
+    """Run the blocks that a stack has: (B, L, D) -> (B, L, D)."""
+    config = stack.config
+    head_dim = config.width // config.num_heads
+    rotations_BLJ = rotations(positions_BL, head_dim, config.rope_base)
+    for block in stack.blocks:
+        if not isinstance(block, DecoderBlock):  # none: another piece has it
+            continue
+        given = (x_BLD, rotations_BLJ, offsets_BS)
+        if stack.activation_recompute and torch.is_grad_enabled():
+            x_BLD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x_BLD = block(*given)
+    return x_BLD
+
+
+def routers(module: nn.Module) -> Iterator[Router]:
+    """The routers of the mixtures in a decoder or a piece of one, first block first."""
+    for part in module.modules():
+        if isinstance(part, Moe):
+            yield part.router
 
 
 def build_decoder(

@@ -110,21 +110,19 @@ class DualEncoder(nn.Module):
             nn.init.constant_(self.logit_bias, self.init_bias)
 
     def forward(self, images_BCHW: Tensor, tokens_BL: Tensor, lengths_B: Tensor) -> DualFeatures:
-        # A copy of the bias: where parameters are sharded, the whole one is freed after forward.
         return DualFeatures(
-            image=self.encode_image(images_BCHW),
-            text=self.encode_text(tokens_BL, lengths_B),
-            scale=self.logit_scale.float().exp(),
-            bias=None if self.logit_bias is None else self.logit_bias.float().clone(),
+            self.encode_image(images_BCHW),
+            self.encode_text(tokens_BL, lengths_B),
+            *scale_and_bias(self.logit_scale, self.logit_bias),
         )
 
     def encode_image(self, images_BCHW: Tensor) -> Tensor:
         """(B, 3, S, S) normalised pixels -> (B, D) unit-norm fp32."""
-        return _unit(self.vision_projection, self.vision(images_BCHW))
+        return unit(self.vision_projection, self.vision(images_BCHW))
 
     def encode_text(self, tokens_BL: Tensor, lengths_B: Tensor) -> Tensor:
         """(B, L) token ids and (B,) lengths, padding excluded -> (B, D) unit-norm fp32."""
-        return _unit(self.text_projection, self.text(tokens_BL, lengths_B))
+        return unit(self.text_projection, self.text(tokens_BL, lengths_B))
 
     @torch.no_grad()
     def clamp_scale_(self) -> None:
@@ -149,10 +147,16 @@ class DualEncoder(nn.Module):
 
         Attention is counted in full, also where it is causal.
         """
-        heads = (self.vision_projection, self.text_projection)
-        linears = [part for head in heads for part in head.modules() if isinstance(part, nn.Linear)]
-        projections = sum(2 * part.in_features * part.out_features for part in linears)
-        return self.vision.flops(image_size) + self.text.flops(text_length) + projections
+        vision, text = self.costs(image_size, text_length)
+        return sum(vision) + sum(text)
+
+    def costs(self, image_size: int, text_length: int) -> tuple[list[int], list[int]]:
+        """The same by parts, for both towers: embedding, each block, head."""
+        vision, text = self.vision.costs(image_size), self.text.costs(text_length)
+        for costs, head in ((vision, self.vision_projection), (text, self.text_projection)):
+            linears = [part for part in head.modules() if isinstance(part, nn.Linear)]
+            costs[-1] += sum(2 * part.in_features * part.out_features for part in linears)
+        return vision, text
 
 
 def build_dual_encoder(
@@ -199,7 +203,16 @@ def _projection(kind: Projection, width: int, dims: int) -> nn.Linear | Mlp:
     return nn.Linear(width, dims, bias=False)
 
 
-def _unit(projection: nn.Linear | Mlp, x_BD: Tensor) -> Tensor:
+def scale_and_bias(
+    logit_scale: nn.Parameter, logit_bias: nn.Parameter | None
+) -> tuple[Tensor, Tensor | None]:
+    """Both as the loss takes them."""
+    # A copy of the bias: where parameters are sharded, the whole one is freed after forward.
+    return logit_scale.float().exp(), None if logit_bias is None else logit_bias.float().clone()
+
+
+def unit(projection: nn.Linear | Mlp, x_BD: Tensor) -> Tensor:
+    """Projected and normalised, in the precision of the weights: (B, D) fp32."""
     with torch.autocast(x_BD.device.type, enabled=False):
         weight = next(projection.parameters())  # a sharded model may hold it in bf16
         return F.normalize(projection(x_BD.to(weight.dtype)).float(), dim=-1)

@@ -45,19 +45,20 @@ def run_cases(size: int) -> list[Result]:
     """Every case of this world size, in a process group that has started."""
     cuda = torch.cuda.is_available() and dist.get_backend() == "nccl"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    references: dict[str, Step] = {}
+    references: dict[tuple[str, int], Step] = {}
     results = []
     for row in ROWS:
         if row.size != size:
             continue
         for column, variant in row.cases:
-            if column not in references:
-                references[column] = COLUMNS[column](None, None, Variant())
+            model = (column, row.depth)
+            if model not in references:
+                references[model] = COLUMNS[column](None, None, Variant(), row.depth)
             layout = row.layout(variant)
             torch.compiler.reset()  # else what many cases compiled would pass its limit
             world = lay_out(degrees_of(layout, size), device)
-            found = COLUMNS[column](layout, world, variant)
-            results.append(_result(row, column, variant, found, references[column]))
+            found = COLUMNS[column](layout, world, variant, row.depth)
+            results.append(_result(row, column, variant, found, references[model]))
     return results
 
 

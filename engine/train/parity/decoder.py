@@ -7,6 +7,7 @@ rounding decides. So weights are drawn large, and the reference step raises wher
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from carillon.engine.data.packed_rows import PackedRows
 from carillon.engine.models.towers.decoder import Decoder, build_decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig, MoeConfig
 from carillon.engine.nn.router import Router
-from carillon.engine.parallel.apply import apply_layout
+from carillon.engine.parallel.apply import LaidOutDecoder, apply_layout
 from carillon.engine.parallel.mesh import DistributedConfig, World
+from carillon.engine.parallel.pipeline_split import microbatch_size
 from carillon.engine.parallel.zigzag import Zigzag
 from carillon.engine.train.language_step import language_forward_backward
 from carillon.engine.train.parity.step import Kept, Run, Step, Variant, mean_over, measured
@@ -45,7 +47,6 @@ def decoder(moe: MoeConfig) -> Run:
     """A decoder with the language-model loss and the routers' own."""
     config = DecoderConfig(
         width=64,
-        depth=4,
         num_heads=8,
         num_kv_heads=4,
         mlp_width=32,
@@ -54,8 +55,12 @@ def decoder(moe: MoeConfig) -> Run:
         moe=moe,
     )
 
-    def run(layout: DistributedConfig | None, world: World | None, variant: Variant) -> Step:
-        model, rows, group = _model(config), _rows(), None
+    def run(
+        layout: DistributedConfig | None, world: World | None, variant: Variant, depth: int
+    ) -> Step:
+        rows, group = _rows(), None
+        model: LaidOutDecoder = _model(replace(config, depth=depth))
+        assert isinstance(model, Decoder)
         if world is None or layout is None:
             _check_margins(model, rows)
         else:
@@ -66,11 +71,14 @@ def decoder(moe: MoeConfig) -> Run:
             if context is not None:
                 own = Zigzag(context.size(), context.get_local_rank()).share_of(own)
             rows = PackedRows(*(x.to(world.device) for x in own))
-        num_micro = 2 if variant.cached else 1
-        micro = rows.split(len(rows.tokens) // num_micro)
+        share = len(rows.tokens)
+        micro = share if layout is None else microbatch_size(layout, None, share)
+        num_micro = 2 if variant.cached else share // micro
         kept = Kept()
         with kept if variant == Variant() else nullcontext():
-            loss = language_forward_backward(model, micro, world=world, autocast=nullcontext)
+            loss = language_forward_backward(
+                model, rows, num_micro, world=world, autocast=nullcontext
+            )
         return measured(mean_over(loss, group), model, world, kept.num_bytes)
 
     return run
@@ -86,7 +94,7 @@ def _model(config: DecoderConfig) -> Decoder:
 
 
 def _rows() -> PackedRows:
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(0, VOCABULARY, (len(OFFSETS), LENGTH), generator=generator)
     return PackedRows.of(tokens, OFFSETS)
 

@@ -12,9 +12,14 @@ from carillon.engine.data.loader import Batch
 from carillon.engine.losses.contrastive import ContrastiveConfig, ContrastiveObjective
 from carillon.engine.models.encoders.text import TextOverrides
 from carillon.engine.models.encoders.vision import VisionOverrides
-from carillon.engine.models.towers.dual_encoder import DualEncoderConfig, build_dual_encoder
-from carillon.engine.parallel.apply import apply_layout
+from carillon.engine.models.towers.dual_encoder import (
+    DualEncoder,
+    DualEncoderConfig,
+    build_dual_encoder,
+)
+from carillon.engine.parallel.apply import LaidOut, apply_layout
 from carillon.engine.parallel.mesh import DistributedConfig, World
+from carillon.engine.parallel.pipeline_split import microbatch_size
 from carillon.engine.train.parity.step import Kept, Run, Step, Variant, mean_over, measured
 from carillon.engine.train.step import forward_backward
 
@@ -42,9 +47,15 @@ _BATCH, _VOCABULARY, _SEED = 16, 50, 3
 def dual_encoder(config: DualEncoderConfig, kind: Literal["softmax", "sigmoid"]) -> Run:
     """A dual encoder with one of the contrastive losses."""
 
-    def run(layout: DistributedConfig | None, world: World | None, variant: Variant) -> Step:
-        model = build_dual_encoder(
-            config,
+    def run(
+        layout: DistributedConfig | None, world: World | None, variant: Variant, depth: int
+    ) -> Step:
+        model: LaidOut = build_dual_encoder(
+            replace(
+                config,
+                vision=replace(config.vision, depth=depth),
+                text=replace(config.text, depth=depth),
+            ),
             vocab_size=_VOCABULARY,
             init_bias=-3.0 if kind == "sigmoid" else None,
             generator=torch.Generator().manual_seed(1),
@@ -53,10 +64,13 @@ def dual_encoder(config: DualEncoderConfig, kind: Literal["softmax", "sigmoid"])
         share, group = _BATCH, None
         local = pairs()
         if world is not None and layout is not None:
+            assert isinstance(model, DualEncoder)
             model = apply_layout(model, layout, world)
             share, group = _BATCH // world.degrees.data, world.data_group
             local = local.microbatches(share)[world.data_rank].to(world.device)
-        micro = share if not variant.cached else 3 if share > 4 else 1
+        micro = share if layout is None else microbatch_size(layout, None, share)
+        if variant.cached:
+            micro = 3 if share > 4 else 1
         kept = Kept()
         with kept if variant == Variant() else nullcontext():
             loss = forward_backward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,13 @@ _CACHED = Variant(cached=True, recompute=True)
 _RING = Variant(exchange="ring")
 _COMPILED_COLUMNS = ("dual encoder, softmax", "MoE decoder, softmax router")
 _COMPILED = Variant(compile=True)
+_RECOMPUTE = Variant(recompute=True)
+_SCHEDULES = {
+    "1F1B": "1f1b",
+    "interleaved": "interleaved1f1b",
+    "ZB": "interleaved_zero_bubble",
+    "ZBV": "zbv",
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Row:
     settings: Mapping[str, Any]
     columns: frozenset[str] = frozenset(COLUMNS)
     variants: tuple[Variant, ...] = field(default=(_PLAIN, _CACHED))
+    depth: int = 2  # blocks of a model's towers: pipelines need one a stage, and two are quick
 
     @property
     def cases(self) -> list[tuple[str, Variant]]:
@@ -48,6 +56,22 @@ class Row:
 
     def layout(self, variant: Variant) -> DistributedConfig:
         return DistributedConfig(precision="fp32", **{**variant.settings(), **self.settings})
+
+
+def _pipelines(
+    name: str,
+    size: int,
+    settings: Mapping[str, Any],
+    *,
+    schedules: tuple[str, ...] = tuple(_SCHEDULES),
+    columns: frozenset[str] = frozenset(COLUMNS),
+    variants: tuple[Variant, ...] = (_PLAIN,),
+) -> Iterator[Row]:
+    """Rows of one layout by each schedule."""
+    for schedule in schedules:
+        given = {**settings, "pp_schedule": _SCHEDULES[schedule]}
+        stages = given["pp"] * (1 if schedule == "1F1B" else 2)
+        yield Row(f"{name} {schedule}", size, given, columns, variants, depth=max(4, stages))
 
 
 ROWS = (
@@ -80,4 +104,40 @@ ROWS = (
     Row("CP2xTP2+SP", 4, {"cp": 2, "tp": 2, "sequence_parallel": True}, DECODER),
     Row("CP2xFSDP2", 4, {"cp": 2, "zero_stage": 3}, DECODER),
     Row("CP2xEP2", 4, {"cp": 2, "ep": 2, "zero_stage": 3}, DECODER),
+    *_pipelines("PP2", 2, {"pp": 2}, variants=(_PLAIN, _RECOMPUTE)),
+    Row("PP2 GPipe", 2, {"pp": 2, "pp_schedule": "gpipe"}, variants=(_PLAIN,)),
+    Row(
+        "PP2 1F1B, split by hand",
+        2,
+        {"pp": 2, "pp_split": {"vision": (1, 3), "text": (3, 1)}},
+        frozenset({"dual encoder, softmax"}),
+        variants=(_COMPILED,),
+        depth=4,
+    ),
+    *_pipelines("PP4", 4, {"pp": 4}, variants=(_RECOMPUTE,)),
+    *_pipelines("PP2xTP2", 4, {"pp": 2, "tp": 2}),
+    *_pipelines(
+        "PP2xTP2+SP",
+        4,
+        {"pp": 2, "tp": 2, "sequence_parallel": True},
+        schedules=("1F1B",),
+        columns=frozenset({"pooled dual encoder, softmax", "dual encoder, sigmoid"}),
+        variants=(_RECOMPUTE,),
+    ),
+    *_pipelines(
+        "PP2xEP2",
+        4,
+        {"pp": 2, "zero_stage": 3, "ep": 2},
+        schedules=("1F1B", "ZBV"),
+        columns=DECODER,
+    ),
+    *_pipelines("PP2xFSDP2", 4, {"pp": 2, "zero_stage": 3}, variants=(_RECOMPUTE,)),
+    *_pipelines(
+        "PP2xTP2xFSDP2",
+        8,
+        {"pp": 2, "tp": 2, "zero_stage": 3},
+        schedules=("1F1B", "interleaved", "ZBV"),
+        columns=DUAL,
+        variants=(_RECOMPUTE,),
+    ),
 )

@@ -15,6 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from carillon.engine.parallel.collectives import gradient_norm, sum_over, whole
 from carillon.engine.parallel.mesh import DistributedConfig, World
+from carillon.engine.parallel.pipeline import gather_named
+from carillon.engine.parallel.pipelined_decoder import PipelinedDecoder
+from carillon.engine.parallel.pipelined_dual_encoder import PipelinedDualEncoder
 
 Exchange = Literal["gather", "ring"]
 
@@ -51,8 +54,8 @@ class Step:
     kept_bytes: int
 
 
-# One step in a layout; without one, in this process alone.
-Run = Callable[[DistributedConfig | None, World | None, Variant], Step]
+# One step of a model of so many blocks in a layout; without one, in this process alone.
+Run = Callable[[DistributedConfig | None, World | None, Variant, int], Step]
 
 
 def mean_over(loss: Tensor, group: dist.ProcessGroup | None) -> float:
@@ -65,14 +68,21 @@ def measured(loss: float, model: nn.Module, world: World | None, kept_bytes: int
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
             raise AssertionError(f"{name} has no gradient")
-        gradients[name] = whole(parameter.grad).cpu()
+        gradients[name] = whole(parameter.grad)
+    stages = world.axis("pp") if world is not None else None
+    group = stages.get_group() if stages is not None else None
+    gradients = gather_named(gradients, group)
     num_values = sum(gradient.numel() for gradient in gradients.values())
     held = sum(_local(parameter).numel() for parameter in model.parameters()) / num_values
-    norm = float(gradient_norm(model.parameters()))
+    once = model.parameters()
+    if isinstance(model, PipelinedDualEncoder | PipelinedDecoder):
+        once = model.counted_parameters()
+    norm = float(gradient_norm(once, group))
     most = torch.tensor(held)
     if world is not None and world.group is not None:
         dist.all_reduce(most, dist.ReduceOp.MAX, group=world.group)
-    return Step(loss, gradients, norm, float(most), kept_bytes)
+    on_cpu = {name: gradient.cpu() for name, gradient in gradients.items()}
+    return Step(loss, on_cpu, norm, float(most), kept_bytes)
 
 
 class Kept(saved_tensors_hooks):

@@ -132,8 +132,7 @@ def step(
     num_processes = 1 if group is None else dist.get_world_size(group)
     if world is not None:
         rows = rows.split(len(OFFSETS) // world.degrees.data)[world.data_rank]
-    micro = rows.split(len(rows.tokens) // num_micro)
-    total = language_forward_backward(laid_out, micro, world=world, autocast=nullcontext)
+    total = language_forward_backward(laid_out, rows, num_micro, world=world, autocast=nullcontext)
     total = sum_over(total, group) / num_processes
     gradients = {}
     for name, parameter in laid_out.named_parameters():

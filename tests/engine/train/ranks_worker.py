@@ -1,9 +1,9 @@
 """Runs `carillon` commands as several processes each, forked from here so that torch is imported
 once: python ranks_worker.py CASES.json RESULTS.json
 
-Each case has world_size, argv and file_limits (by rank, the bytes that a file may have); its
-result, the exit code and stderr of each rank. The ranks find each other by the environment
-variables that torchrun sets.
+Each case has world_size, argv, file_limits (by rank, the bytes that a file may have) and fault (the
+rank on which stages of the text tower raise, or none); its result, the exit code and stderr of each
+rank. The ranks find each other by the environment variables that torchrun sets.
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any
 
 import carillon.engine.train.launch  # noqa: F401  (torch and all, before the forks)
 from carillon.engine.cli import main
+from carillon.engine.models.towers.stages import TextPiece
 
 
 def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -44,6 +45,8 @@ def fork_rank(case: dict[str, Any], rank: int, port: int, stderr: Path) -> int:
         limit = case["file_limits"].get(str(rank))
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if case["fault"] == rank:
+            TextPiece.forward = fail  # type: ignore[method-assign]
         code = main(case["argv"])
     except SystemExit as end:
         code = int(end.code or 0)
@@ -52,6 +55,10 @@ def fork_rank(case: dict[str, Any], rank: int, port: int, stderr: Path) -> int:
     finally:
         sys.stderr.flush()
         os._exit(code)  # the parent's own clean-up is not the child's
+
+
+def fail(*given: Any, **named: Any) -> Any:
+    raise RuntimeError("a stage fails for a test")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def test_layouts_give_the_step_of_one_process(size: int) -> None:
     assert not worse, worse
     assert max(r["gradient"] for r in results) > 0  # rounding differs: it was really split
     for result in results:  # all but norms, positions, patches and projections is split
-        ways = (int(way) for way in re.findall(r"(?:TP|FSDP|EP)(\d)", result["row"]))
+        ways = (int(way) for way in re.findall(r"(?:PP|TP|FSDP|EP)(\d)", result["row"]))
         split = 1
         for way in ways:
             split *= way

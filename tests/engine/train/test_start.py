@@ -19,14 +19,14 @@ class Start(NamedTuple):
     rank: int
     size: int
     overrides: tuple[str, ...] = ()
-    environment: dict[str, str] = {}
+    address: str = "127.0.0.1"
 
 
 CASES = {
     "missing": [Start(0, 2)],
     "alone": [Start(1, 2)],
     "taken": [Start(0, 2)],
-    "unset": [Start(0, 2, (), {"MASTER_ADDR": ""})],
+    "unset": [Start(0, 2, (), "")],
     "differ": [
         Start(0, 3),
         Start(1, 3, ("optimization.lr=0.5", "experiment.seed=4")),
@@ -46,11 +46,11 @@ def start(place: Start, setup: Setup, port: int) -> subprocess.Popen[str]:
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.rank),
         "WORLD_SIZE": str(place.size),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": place.address,
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    environment = {k: v for k, v in (os.environ | given | place.environment).items() if v}
+    environment = {k: v for k, v in (os.environ | given).items() if v}
     argv = [*setup.argv("data.batch_size=24"), f"distributed.timeout_s={SECONDS}"]
     return subprocess.Popen(
         [sys.executable, "-m", "carillon.engine.cli", *argv, *place.overrides],
