@@ -10,7 +10,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 QUICKSTART := recipes/emoji_quickstart.yaml
 OPERATORS := contrastive packed_attention moe_routing fp8_cast image_normalize
 
-.PHONY: help install install-dev quickstart test asan lint bench-cpu bench-table bench-env bench-peers parity prove-kill prove-fp8 clean
+.PHONY: help install install-dev quickstart test asan lint bench-cpu bench-table bench-env bench-peers bench-scaling parity prove-kill prove-fp8 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,6 +83,10 @@ bench-peers: bench-env  ## speed and final loss against peers (JSON in benchmark
 	  --benchmark-json=benchmarks/results/training.json
 	.venv-bench/bin/python benchmarks/convergence.py
 	.venv-bench/bin/python benchmarks/contrastive_training.py
+
+bench-scaling: install-dev  ## two processes on two cores against one, and balance (JSON; quarter of an hour)
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/balance.py
 
 bench-env:  ## a second environment with the peers that benchmarks compare with
 	bash benchmarks/environment.sh

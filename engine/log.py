@@ -49,6 +49,9 @@ class LoggingConfig:
         None, "Registry database: a file or URL; none: registry.sqlite in output."
     )
     interval_steps: int = setting(10, "Steps between log lines.", min=1)
+    communication_interval_steps: int = setting(
+        0, "Steps between two that are profiled for communication_share; 0: none.", min=0
+    )
     checkpoint_interval_steps: int = setting(500, "Steps between checkpoints.", min=1)
     checkpoint_form: Literal["dcp", "safetensors", "zarr"] = setting(
         "dcp", "Files of checkpoints; a run resumes from any. Anything but dcp holds whole tensors."

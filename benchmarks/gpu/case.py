@@ -20,7 +20,7 @@ from torch import Tensor
 from carillon.kernels.roofline import Cost
 from carillon.kernels.table import OPS, Kernel, ProviderError, resolve
 
-GROUPS = ("check", "bar", "sweep", "long")
+GROUPS = ("check", "bar", "sweep", "long", "train")
 BENCHMARKS = Path(__file__).resolve().parents[1]
 
 
@@ -32,8 +32,8 @@ class Bar(NamedTuple):
     """What our best provider must reach in a case.
 
     `what` is "ms" or "MiB" (of memory in all), at most `limit`; "ratio", the time of `peer` over
-    ours, at least `limit`, of the fastest peer where `peer` is ""; or "bandwidth", at least `limit`
-    of that of the side `peer`.
+    ours, at least `limit`, of the fastest peer where `peer` is ""; "bandwidth", at least `limit`
+    of that of the side `peer`; or "images/s", at least `limit`.
     """
 
     what: str
@@ -47,7 +47,8 @@ class Case:
 
     `limit` is the most that an output may differ from the expected one, ||difference|| over
     ||expected||, in the group "check". It catches a wrong kernel in seconds; tests/kernels hold the
-    bounds of single values.
+    bounds of single values. `items` is what a call works through, such as ("images", 256): its rate
+    and model FLOP/s utilisation are given too.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Case:
     bars: tuple[Bar, ...] = ()
     limit: float = 0.0
     most_rounds: int = 100
+    items: tuple[str, int] | None = None
 
 
 Outputs = Sequence[Tensor]

@@ -45,6 +45,7 @@ class _Operator:
         self.device: str = arguments.device
         self.module = load(arguments.module)
         self.rates = read_rates(arguments.rates, self.device)
+        self.peak = 1.0
         self.done = {tuple(item) for item in json.loads(arguments.done)}
 
     def record(self, event: str, **values: Any) -> None:
@@ -58,6 +59,12 @@ class _Operator:
             for case in cases
             if case.group == self.arguments.group
         ]
+        if any(case.items for case, _ in planned):
+            import torch
+
+            from carillon.engine.train.profile import peak_flops
+
+            self.peak = peak_flops(torch.device(self.device), torch.bfloat16)
         plan = [[case.name, side.name, side.kind] for case, sides in planned for side in sides]
         self.record("plan", items=plan)
         # What takes long, or matters less, comes last: it costs none of the others their turn.
@@ -130,6 +137,8 @@ class _Operator:
             "gigabytes_per_s": round(size_bytes / timing.median_ms / 1e6, 1),
             "teraflop_per_s": round(sum(c.flops for c in case.costs) / timing.median_ms / 1e9, 2),
         }
+        if case.items is not None:
+            found |= self.rates_of(case, timing.median_ms)
         if memory is not None:
             found |= {name: round(value, 1) for name, value in memory._asdict().items()}
         if self.rates is not None:
@@ -138,6 +147,13 @@ class _Operator:
             if floor_ms > 0:
                 found["over_floor"] = round(timing.median_ms / floor_ms, 2)
         return found if finite else found | {"status": "wrong", "reason": "not finite"}
+
+    def rates_of(self, case: Any, median_ms: float) -> dict[str, float]:
+        """Items a second, and the share of the device's dense bf16 peak, as in a training log."""
+        name, number = case.items
+        flops_per_s = 1e3 * sum(cost.flops for cost in case.costs) / median_ms
+        rate = round(1e3 * number / median_ms, 1)
+        return {f"{name}_per_s": rate, "mfu": round(flops_per_s / self.peak, 4)}
 
     def let_go(self) -> None:
         """Memory, and what torch.compile keeps of earlier shapes."""

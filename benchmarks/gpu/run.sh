@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU suite in one call, without a network: builds the extension, checks every provider, times
-# each operator against its bars, peers and roofline, and runs the GPU tests. docs/gpu-status.md says
-# how its results are kept.
+# each operator against its bars, peers and roofline, times training steps, and runs the GPU tests.
+# docs/gpu-status.md says how its results are kept.
 #
 #   run.sh [options] OUTDIR
 #   run.sh --profile OP[:CASE[:SIDE]] [options] OUTDIR
@@ -142,6 +142,7 @@ group() {
   shift 4
   # A module names its groups; a process that finds no case costs seconds.
   mapfile -t modules < <(grep -l "\"$name\"" "${operators[@]}")
+  [ ${#modules[@]} -gt 0 ] || return 0
   [ "$device" != cpu ] || set -- --tiny "$@"
   # sweep.py and kernel_tests.py end a little before STAGE_SECONDS, to say what they did not reach.
   stage "$name" "$budget" \
@@ -151,7 +152,7 @@ group() {
 }
 
 operators=()
-for name in contrastive packed_attention fp8_cast moe_routing grouped_mm image_normalize; do
+for name in contrastive packed_attention fp8_cast moe_routing grouped_mm image_normalize training; do
   [ ! -f "$cases/$name.py" ] || operators+=("$cases/$name.py")
 done
 for file in "$cases"/*.py; do
@@ -181,11 +182,17 @@ else
   if [ "$device" = cpu ]; then
     group check 120 60 0.02 --at-once
     group bar 180 60 0.02
+    group train 120 60 0.02
     stage tests 60 "$python" "$here/kernel_tests.py" "$tests" --records "$records" --logs "$logs" --marker ""
   else
     kept=100
     group check 80 60 0 --at-once
     group bar 170 60 0.5
+    # A side that compiles takes most of a minute: what is left but for the million pairs and the
+    # tests. Sides that were not reached say so.
+    kept=160
+    group train 300 70 2
+    kept=100
     group long 60 45 1
     kept=0
     stage tests 180 "$python" "$here/kernel_tests.py" "$tests" --records "$records" --logs "$logs" --marker gpu

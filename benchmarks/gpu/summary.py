@@ -139,7 +139,8 @@ def _bar(case: Row, bar: Row) -> list[Any]:
 
 
 def _ours(case: Row) -> list[Row]:
-    return [side for side in case["sides"] if side["kind"] in ("ours", "definition")]
+    shown = ("ours", "definition") + (("peer",) if case["group"] == "train" else ())
+    return [side for side in case["sides"] if side["kind"] in shown]
 
 
 def _time(case: Row, side: Row) -> list[Any]:
@@ -150,6 +151,9 @@ def _time(case: Row, side: Row) -> list[Any]:
     rate = f"{side['gigabytes_per_s']:g} GB/s"
     if side["teraflop_per_s"] > 1:
         rate = f"{side['teraflop_per_s']:g} TFLOP/s"
+    if "images_per_s" in side:
+        memory = f", {side['peak_mb']:g} MiB in all" if "peak_mb" in side else ""
+        rate = f"{side['images_per_s']:g} images/s, MFU {100 * side['mfu']:.1f}%{memory}"
     return [
         *name,
         f"{side['median_ms']:.4g} ({side['low_ms']:.4g}-{side['high_ms']:.4g})",

@@ -31,6 +31,8 @@ def judged(rows: list[Row]) -> list[dict[str, Any]]:
 def _judged(bar: Row, ours: Row, rows: list[Row]) -> dict[str, Any]:
     if bar["what"] == "ms":
         return _verdict(ours["median_ms"], ours["median_ms"] <= bar["limit"], ours)
+    if bar["what"] == "images/s":
+        return _verdict(ours["images_per_s"], ours["images_per_s"] >= bar["limit"], ours)
     if bar["what"] == "MiB":
         if "peak_mb" not in ours:
             return {"measured": None, "met": None, "reason": "memory is known on a GPU alone"}
@@ -65,6 +67,8 @@ def in_words(bar: Row) -> str:
         return f"at most {bar['limit']:g} ms"
     if bar["what"] == "MiB":
         return f"at most {bar['limit']:g} MiB in all"
+    if bar["what"] == "images/s":
+        return f"at least {bar['limit']:g} images/s"
     of = bar["peer"] or "the fastest peer"
     if bar["what"] == "bandwidth":
         return f"at least {100 * bar['limit']:g}% of the bandwidth of {of}"

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from carillon.engine.data.balance import deal
+
 IGNORED = -100  # the label of a token that has no next one
 
 
@@ -44,6 +46,16 @@ class PackedRows(NamedTuple):
         """Positions and labels follow from where documents start."""
         place_BL = positions(offsets_BS, tokens_BL.shape[1])
         return PackedRows(tokens_BL, place_BL, offsets_BS, next_tokens(tokens_BL, offsets_BS))
+
+    def attention_pairs(self) -> Tensor:
+        """(query, key) pairs of each row, (B,) int64: what rows of equal length differ by."""
+        lengths_BS = self.offsets.long().diff(dim=1)
+        return (lengths_BS * (lengths_BS + 1) // 2).sum(1)
+
+    def deal(self, num_ranks: int) -> list[PackedRows]:
+        """The global batch's rows for each data rank, with as even an attention as they allow."""
+        dealt = deal(self.attention_pairs().tolist(), num_ranks)
+        return [PackedRows(*(x[own] for x in self)) for own in dealt]
 
     def split(self, num_rows: int) -> list[PackedRows]:
         """Parts of at most so many rows."""

@@ -1,5 +1,9 @@
-"""Model FLOP/s utilisation: FLOPs counted from the batch's real lengths over the device's peak.
+"""What a step does and how fast: FLOPs counted from the batch's real lengths, and rates.
 
+Model FLOPs: each caption at its own length (attention is quadratic in it), each picture by its
+patches, forward once and backward twice that. What is computed again (recompute, the first pass of
+cached gradients) and padding are no part of them. `computed` counts a batch as it is laid out, each
+caption as long as the longest of its process: by it a process is late or early.
 A known GPU's dense bf16 peak comes from its data sheet; any other device is measured once with a
 large product, so on a CPU the figure is a share of what its matrix library reaches.
 Status: the CUDA branch has not run on a GPU yet.
@@ -8,8 +12,14 @@ Status: the CUDA branch has not run on a GPU yet.
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+
+from carillon.engine.data.loader import Batch
+from carillon.engine.parallel.apply import LaidOut
 
 _DATA_SHEET_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
@@ -43,34 +53,92 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Work(NamedTuple):
+    """What forward and backward of a batch take: tokens of text, model FLOPs, FLOPs as laid out."""
+
+    tokens: int
+    flops: float
+    computed: float
+
+
+class WorkCounter:
+    """Counts batches of one model."""
+
+    def __init__(self, model: LaidOut) -> None:
+        self._model = model
+        self._known: dict[tuple[int, int], int] = {}
+
+    def of(self, batch: Batch) -> Work:
+        """Of one process's share, which is read on the host: call it before it is moved."""
+        size, padded = batch.images.shape[1], batch.tokens.shape[1]
+        lengths = Counter(batch.lengths.tolist())
+        return Work(
+            tokens=sum(num * length for length, num in lengths.items()),
+            flops=3.0 * sum(num * self._forward(size, length) for length, num in lengths.items()),
+            computed=3.0 * len(batch.keys) * self._forward(size, padded),
+        )
+
+    def _forward(self, size: int, length: int) -> int:
+        known = self._known.get((size, length))
+        if known is None:
+            known = self._known[size, length] = self._model.flops_per_sample(size, length)
+        return known
+
+
+class GlobalWork(NamedTuple):
+    """Of a global batch; `computed` for each data rank, all copies of a model counted once."""
+
+    tokens: float
+    flops: float
+    computed: Sequence[float]
+
+
 class Throughput:
-    """Rates between two log lines, and the share of time spent waiting for data."""
+    """Rates between two log lines, and what of the time and of the work was for nothing."""
 
     def __init__(self, peak: float, world_size: int) -> None:
-        self._peak = peak * world_size
+        self._peak, self._world_size = peak, world_size
         self._start()
 
     def _start(self) -> None:
         self._since = time.perf_counter()
-        self._pairs, self._flops, self._waited_s = 0, 0.0, 0.0
+        self._pairs, self._tokens, self._flops, self._waited_s = 0, 0.0, 0.0, 0.0
+        self._computed, self._largest, self._mean = 0.0, 0.0, 0.0
 
-    def add(self, *, pairs: int, flops: float, waited_s: float) -> None:
-        """Count one step: global pairs, global FLOPs (forward and backward), seconds waited."""
+    def add(self, *, pairs: int, work: GlobalWork, waited_s: float) -> None:
+        """Count one step: global pairs, their work, seconds waited for data."""
         self._pairs += pairs
-        self._flops += flops
+        self._tokens += work.tokens
+        self._flops += work.flops
         self._waited_s += waited_s
+        self._computed += sum(work.computed)
+        # Ranks meet in each step, so the largest counts by step and not over the window.
+        self._largest += max(work.computed)
+        self._mean += sum(work.computed) / len(work.computed)
 
     def exclude(self, seconds: float) -> None:
         """Leave time out of the rates: evaluation, a save that had to wait."""
         self._since += seconds
 
-    def rates(self) -> dict[str, float]:
-        """images_per_s, mfu and data_share since the last call."""
+    def rates(self, communication: float | None) -> dict[str, float]:
+        """What docs/run-a-recipe.md lists, since the last call.
+
+        `communication` is its share of a step, data aside; none where it was not measured.
+        """
         elapsed = max(time.perf_counter() - self._since, 1e-9)
+        per_process = self._flops / elapsed / self._world_size
+        data_share = self._waited_s / elapsed
         rates = {
             "images_per_s": self._pairs / elapsed,
-            "mfu": self._flops / elapsed / self._peak,
-            "data_share": self._waited_s / elapsed,
+            "tokens_per_s": self._tokens / elapsed,
+            "tflops": per_process / 1e12,
+            "mfu": per_process / self._peak,
+            "data_share": data_share,
         }
+        if communication is not None:
+            rates["communication_share"] = (1 - data_share) * communication
+            rates["compute_share"] = (1 - data_share) * (1 - communication)
+        rates["imbalance"] = self._largest / self._mean
+        rates["padding_share"] = 1 - self._flops / self._computed
         self._start()
         return rates

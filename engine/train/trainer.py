@@ -2,10 +2,10 @@
 it.
 
 Order of one step: batch, forward and backward, clip, judge, optimizer, average, log, evaluate,
-save. One small reduction a step carries the loss and the wish to stop, so all ranks decide alike.
-Random numbers are keyed by step, position and seed, never by what ran before, so a checkpoint needs
-no generator state and a resumed run repeats the unbroken one. Left out: anything a recipe can
-express by config; there are no callbacks.
+save. One small reduction a step carries the loss, the wish to stop and what was counted, so all
+ranks decide alike. Random numbers are keyed by step, position and seed, never by what ran before,
+so a checkpoint needs no generator state and a resumed run repeats the unbroken one. Left out:
+anything a recipe can express by config; there are no callbacks.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ from carillon.engine.parallel.pipeline_split import microbatch_size
 from carillon.engine.parallel.pipelined_dual_encoder import PipelinedDualEncoder
 from carillon.engine.train.checkpoint import Checkpoint, CheckpointStore
 from carillon.engine.train.checkpoint_reader import read_tensors
+from carillon.engine.train.communication import CommunicationProbe
 from carillon.engine.train.fp8_shadow import Fp8Shadow
 from carillon.engine.train.guard import StepGuard, TrainingStopped
 from carillon.engine.train.optim import NamedAdamW, WeightAverage, learning_rate
-from carillon.engine.train.profile import Throughput, peak_flops
+from carillon.engine.train.profile import GlobalWork, Throughput, Work, WorkCounter, peak_flops
 from carillon.engine.train.run import RunConfig
 from carillon.engine.train.step import forward_backward, loss_alone
 from carillon.engine.train.stop import StopRequest
@@ -98,6 +99,7 @@ class Trainer:
                 f"optimization.warmup_steps: {optimization.warmup_steps} is more than the "
                 f"{self.num_steps} steps that optimization.epochs makes of {num_samples:,} rows"
             )
+        self._counter = WorkCounter(model)
         self.step = 0
         self.best: dict[int, float] = {}
         self._metric: float | None = None
@@ -160,13 +162,17 @@ class Trainer:
             waiting = time.perf_counter()
             batch = self._next(batches)
             waited_s = time.perf_counter() - waiting
-            values, stop = self._train_step(batch)
+            probe = CommunicationProbe(self.world.device) if self._due_probe() else None
+            with probe or nullcontext():
+                values, stop, work = self._train_step(batch)
             self.step += 1
             if meter is not None and progress is not None:
                 pairs = self.config.data.batch_size
-                meter.add(pairs=pairs, flops=self._flops(batch), waited_s=waited_s)
-                written = self._due_log() or self.shadow.due(self.step)
-                shown = values | meter.rates() if written else None
+                meter.add(pairs=pairs, work=work, waited_s=waited_s)
+                if probe is not None:
+                    meter.exclude(probe.overhead_s)
+                written = self._due_log() or self.shadow.due(self.step) or probe is not None
+                shown = values | meter.rates(self._communication(probe)) if written else None
                 if shown is not None:
                     self._write(shown)
                 speed_s = (time.monotonic() - started) / (self.step - first)
@@ -207,18 +213,24 @@ class Trainer:
     def _due_log(self) -> bool:
         return self._due(self.config.logging.interval_steps)
 
-    def _flops(self, batch: Batch) -> float:
-        """Of one global step: forward once and backward twice that, at the real mean length."""
-        length = round(float(batch.lengths.float().mean()))
-        forward = self.model.flops_per_sample(batch.images.shape[1], length)
-        return 3.0 * forward * self.config.data.batch_size
+    def _due_probe(self) -> bool:
+        """Whether the next step is profiled: the main rank's, of several."""
+        every = self.config.logging.communication_interval_steps
+        alone = self.world.size == 1 or not self.world.is_main
+        return bool(every) and not alone and (self.step + 1) % every == 0
+
+    def _communication(self, probe: CommunicationProbe | None) -> float | None:
+        if self.world.size == 1:
+            return 0.0
+        return probe.share if probe is not None else None
 
     def _peak(self) -> float:
         fp32 = self.config.distributed.precision == "fp32"  # fp8's MFU too is of the bf16 peak
         return peak_flops(self.world.device, torch.float32 if fp32 else torch.bfloat16)
 
-    def _train_step(self, batch: Batch) -> tuple[dict[str, float], bool]:
+    def _train_step(self, batch: Batch) -> tuple[dict[str, float], bool, GlobalWork]:
         self._report_batch(batch)
+        work = self._counter.of(batch)
         torch.manual_seed(stable_hash(self.config.experiment.seed, "step", self.step))
         local = batch.to(self.world.device)
         size = microbatch_size(
@@ -229,7 +241,7 @@ class Trainer:
         shadow = self._shadow_loss(parts) if self.shadow.due(self.step + 1) else None
         loss = forward_backward(self.model, self.objective, parts, group=group, autocast=autocast)
         norm = self._clip()
-        mean_loss, stop, counts = self._reduce(loss)
+        mean_loss, stop, counts, global_work = self._reduce(loss, work)
         self._loss = mean_loss
         rate = learning_rate(self.config.optimization, self.step, self.num_steps)
         verdict = self.guard.judge(mean_loss, norm)
@@ -255,7 +267,7 @@ class Trainer:
         if shadow is not None:
             values["fp8_gap"] = self.shadow.judge(mean_loss, shadow)
             self.shadow.check()
-        return values, stop
+        return values, stop, global_work
 
     def _shadow_loss(self, parts: list[Batch]) -> float:
         """Of the global batch and the weights before this step, by bfloat16 products."""
@@ -281,18 +293,21 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return float(norm)
 
-    def _reduce(self, loss: Tensor) -> tuple[float, bool, dict[str, int]]:
-        """Mean loss, whether any rank was asked to stop, and the loader's counts of all ranks."""
-        counts = self.loader.counts()
-        values = torch.tensor(
-            [float(loss), float(self._stop.asked), *counts.values()],
-            dtype=torch.float64,
-            device=self.world.device,
-        )
+    def _reduce(self, loss: Tensor, work: Work) -> tuple[float, bool, dict[str, int], GlobalWork]:
+        """Mean loss, whether any rank was asked to stop, the loader's counts and the work of all
+        ranks."""
+        counts, num_ranks = self.loader.counts(), self.world.degrees.data
+        computed = [0.0] * num_ranks  # each writes its own place, so the sum is a list of all
+        computed[self.world.data_rank] = work.computed
+        own = [float(self._stop.asked), *counts.values(), work.tokens, work.flops, *computed]
+        values = torch.tensor([float(loss), *own], dtype=torch.float64, device=self.world.device)
         sum_of_losses, asked, *sums = sum_over(values, self.world.group).tolist()
-        copies = self.world.size // self.world.degrees.data  # processes with the same samples
-        total = {name: int(value) // copies for name, value in zip(counts, sums, strict=True)}
-        return sum_of_losses / self.world.size, asked > 0, total
+        copies = self.world.size // num_ranks  # processes with the same samples
+        sums = [value / copies for value in sums]
+        total = {name: int(value) for name, value in zip(counts, sums, strict=False)}
+        tokens, flops, *of_ranks = sums[len(counts) :]
+        work_of_all = GlobalWork(tokens, flops, of_ranks)
+        return sum_of_losses / self.world.size, asked > 0, total, work_of_all
 
     def _autocast(self) -> AbstractContextManager[None]:
         if self.config.distributed.precision == "fp32":

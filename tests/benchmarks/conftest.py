@@ -1,5 +1,5 @@
-"""A run of the GPU suite on the CPU: one real operator, one that fails in every way, and tests that
-do."""
+"""A run of the GPU suite on the CPU: one real operator, one that fails in every way, training, and
+tests that fail."""
 
 import json
 import os
@@ -53,12 +53,13 @@ def run_suite() -> RunSuite:
 
 @pytest.fixture(scope="session")
 def dry_run(run_suite: RunSuite, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """OUTDIR of a run with a real operator and a faulty one, and with tests that fail."""
+    """OUTDIR of a run with a real operator and a faulty one, training, and tests that fail."""
     folder = tmp_path_factory.mktemp("suite")
     cases, tests, wheels = folder / "cases", folder / "tests", folder / "wheels"
     for made in (cases, tests / "faulty", wheels):
         made.mkdir(parents=True)
-    shutil.copy(SUITE / "cases" / "grouped_mm.py", cases)
+    for name in ("grouped_mm.py", "training.py"):
+        shutil.copy(SUITE / "cases" / name, cases)
     shutil.copy(Path(__file__).parent / "faulty_cases" / "faulty.py", cases)
     (tests / "faulty" / "test_faulty.py").write_text(TEST)
     (wheels / "ninja-1.0-py3-none-any.whl").write_text("not a wheel")

@@ -36,7 +36,7 @@ def test_results_of_a_gpu_are_kept(summary: dict[str, Any], tmp_path: Path) -> N
     done = keep(tmp_path, summary | {"machine": summary["machine"] | gpu})
     assert done.returncode == 0, done.stderr
     kept = {path.stem for path in (tmp_path / "results").iterdir()}
-    assert kept == {"grouped_mm", "faulty", "tests"}
+    assert kept == {"grouped_mm", "faulty", "training", "tests"}
     faulty = json.loads((tmp_path / "results" / "faulty.json").read_text())
     assert faulty["machine"]["gpus"] == gpu["gpus"]
     assert len(faulty["machine"]["commit"]) >= 40  # of this checkout: the machine had no git

@@ -34,7 +34,7 @@ def side(summary: dict[str, Any]) -> Side:
 
 def test_every_stage_has_a_status(summary: dict[str, Any]) -> None:
     stages = {stage["name"]: stage["status"] for stage in summary["stages"]}
-    passed = ("machine", "build", "rates")
+    passed = ("machine", "build", "rates", "train")
     failed = ("wheels", "check", "bar", "tests")
     assert stages == dict.fromkeys(passed, "passed") | dict.fromkeys(failed, "failed")
     assert all(stage["seconds"] <= stage["budget_s"] for stage in summary["stages"])
@@ -64,6 +64,21 @@ def test_a_real_operator_is_checked_and_timed(summary: dict[str, Any], side: Sid
     assert timed["floor_of"] == "this run"
     rate = 6.0 * 24 * 2 * 16 * 32 / timed["median_ms"] / 1e9
     assert timed["teraflop_per_s"] == pytest.approx(rate, abs=0.01)
+
+
+def test_training_steps_are_timed(summary: dict[str, Any], side: Side, dry_run: Path) -> None:
+    (case,) = (case for case in summary["cases"] if case["op"] == "training")
+    assert case["group"] == "train"
+    assert [bar["met"] for bar in case["bars"]] == [False]  # no machine takes so many
+    for name in ("bf16", "fp8"):
+        found = side("training", name)
+        assert found["status"] == "ok", found
+        assert found["images_per_s"] == pytest.approx(4e3 / found["median_ms"], abs=0.1)
+        assert 0 < found["mfu"] < 1
+    assert "on a GPU alone" in side("training", "bf16 compile")["reason"]
+    page = (dry_run / "summary.md").read_text()
+    assert f"{side('training', 'bf16')['images_per_s']:g} images/s, MFU" in page
+    assert "at least 1e+09 images/s" in page
 
 
 def test_a_side_that_cannot_run_here_says_why(side: Side) -> None:
@@ -145,7 +160,8 @@ for path in sorted(Path(sys.argv[1], "cases").glob("*.py")):
         assert case.group in GROUPS
         sides = [side.name for side in module.sides(case, "cuda")]
         peers = [bar.peer for bar in case.bars if bar.peer]
-        print(json.dumps([module.OP, case.group, case.name, sides, peers, len(case.costs)]))
+        about = [module.OP, case.group, case.name, sides, peers, len(case.costs), case.bars]
+        print(json.dumps(about))
 """
 
 
@@ -157,14 +173,20 @@ def test_every_case_is_whole_and_its_bars_name_sides() -> None:
     assert done.returncode == 0, done.stderr
     plan = [json.loads(line) for line in done.stdout.splitlines()]
     assert len({(op, group, name) for op, group, name, *_ in plan}) == len(plan)
-    for op, group, name, sides, peers, num_costs in plan:
+    for op, group, name, sides, peers, num_costs, _ in plan:
         assert sides, (op, name)
         assert "peers" not in sides, f"{op}: its peers cannot be imported"
         assert set(peers) <= set(sides), (op, name)
         assert num_costs, (op, group)
     ops = {path.stem for path in (SUITE / "cases").glob("*.py")}
     for group in ("check", "bar", "sweep"):
-        assert {op for op, of, *_ in plan if of == group} == ops
+        assert {op for op, of, *_ in plan if of == group} == ops - {"training"}
+    goals = {name: bars for op, group, name, *_, bars in plan if group == "train"}
+    assert goals == {
+        "ViT-L/14 128 pairs": [["images/s", 750.0, ""]],
+        "ViT-B/16 256 pairs": [],
+        "ViT-B/32 512 pairs": [],
+    }
     names = [name for op, group, name, *_ in plan if (op, group) == ("contrastive", "bar")]
     assert names == ["softmax N=32768 D=768 bf16"]
 

@@ -146,7 +146,8 @@ class Setup:
 
     def metrics(self) -> list[dict[str, Any]]:
         """metrics.jsonl without what a clock measured."""
-        clock = {"images_per_s", "mfu", "data_share"}
+        clock = {"images_per_s", "tokens_per_s", "tflops", "mfu"}
+        clock |= {"data_share", "communication_share", "compute_share"}
         return [
             {key: value for key, value in line.items() if key not in clock}
             for line in self.lines("metrics.jsonl")

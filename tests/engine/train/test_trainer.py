@@ -64,15 +64,31 @@ def test_smoothing_and_pairs_of_one_field_change_the_loss(plain: Setup, make_set
 def test_two_processes_around_a_ring_train_the_curve_of_one(
     make_setup: Any, tmp_path: Path, ranks: Any
 ) -> None:
-    """Ids and smoothed targets too, in parts; rounding as above."""
+    """Ids and smoothed targets too, in parts; rounding as above. Two of its steps are profiled."""
     one, two = make_setup(), make_setup()
     asked = ("loss.itc.same_field=word", "loss.itc.label_smoothing=0.1")
     assert one.train(*asked) == 0
     ring = (*asked, "loss.itc.exchange=ring", "data.micro_batch_size=3")
+    ring += ("logging.communication_interval_steps=4",)
     (result,) = ranks(tmp_path / "ranks", {"two": (2, two.argv(*ring))}).values()
     assert result["codes"] == [0, 0], result
     assert two.losses() == pytest.approx(one.losses(), rel=1e-4)
     assert two.losses() != one.losses()
+    lines = two.lines("metrics.jsonl")
+    assert [line["step"] for line in lines if "communication_share" in line] == [4, 8]
+    names = ("data_share", "communication_share", "compute_share")
+    for line in (lines[3], lines[7], one.lines("metrics.jsonl")[0]):
+        assert sum(line[name] for name in names) == pytest.approx(1)
+    assert all(0 < lines[step][name] < 1 for step in (3, 7) for name in names[1:])
+    assert all(1 <= line["imbalance"] < 2 for line in lines)
+    assert any(line["imbalance"] > 1 for line in lines)
+    assert {line["imbalance"] for line in one.lines("metrics.jsonl")} == {1}
+    # Of the same batch: what is counted by lengths is the same for any number of processes.
+    for line, other in zip(lines, one.lines("metrics.jsonl"), strict=True):
+        per_image = line["tokens_per_s"] / line["images_per_s"]
+        assert per_image == pytest.approx(other["tokens_per_s"] / other["images_per_s"])
+        work = 2 * line["tflops"] / line["images_per_s"]
+        assert work == pytest.approx(other["tflops"] / other["images_per_s"])
 
 
 def test_a_field_that_no_sample_has_is_refused(
