@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from carillon.engine.config import UserError, section, setting
 
@@ -53,6 +53,9 @@ class LoggingConfig:
         0, "Steps between two that are profiled for communication_share; 0: none.", min=0
     )
     checkpoint_interval_steps: int = setting(500, "Steps between checkpoints.", min=1)
+    checkpoint_form: Literal["dcp", "safetensors", "zarr"] = setting(
+        "dcp", "Files of checkpoints; a run resumes from any. Anything but dcp holds whole tensors."
+    )
     keep_last: int = setting(2, "Newest checkpoints kept.", min=1)
     keep_best: int = setting(
         1, "Best checkpoints kept, of the steps that were both evaluated and saved.", min=0

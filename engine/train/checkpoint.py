@@ -1,9 +1,10 @@
-"""Checkpoints: torch.distributed.checkpoint files, asynchronous, whole or absent.
+"""Checkpoints: written by every process at once, asynchronous, whole or absent.
 
 A save stages tensors on the CPU, writes and syncs them in the background under a temporary name,
 adds `state.json` and a manifest of SHA-256, and renames the folder: what bears a final name is
-complete. Reading (checkpoint_reader.py) verifies the manifest before anything is opened. Only
-tensors go through DCP; everything else is JSON. At most one save is in flight, so host memory stays
+complete. Reading (checkpoint_reader.py) verifies the manifest before anything is opened. The
+tensors go through torch.distributed.checkpoint in one of three forms (checkpoint_forms.py);
+everything else is JSON. At most one save is in flight, so host memory stays
 bounded by one copy.
 Status: staging from CUDA tensors has not run on a GPU yet.
 """
@@ -16,7 +17,6 @@ import os
 import re
 import shutil
 import threading
-import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,12 +25,13 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from carillon.engine.access import explained
 from carillon.engine.config import UserError
+from carillon.engine.train.checkpoint_metadata import expect_one_process, root_cause
+from carillon.engine.train.checkpoint_writer import storage_writer
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -112,17 +113,26 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 class CheckpointStore:
     """Saves and finds the checkpoints of one run; the same calls on every rank."""
 
-    def __init__(self, folder: Path, *, keep_last: int, is_main: bool) -> None:
+    def __init__(self, folder: Path, *, keep_last: int, is_main: bool, form: str = "dcp") -> None:
         self.folder, self.keep_last, self._is_main = folder, keep_last, is_main
+        self.form = form
         # Its own group: background collectives must not interleave with the training's.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         expect_one_process()
         self._pending: threading.Thread | None = None
         self._error: BaseException | None = None
         self._kept: set[int] = set()
+        refusal: list[str | None] = [None]
         if is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            _clear_leftovers(folder)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                _clear_leftovers(folder)
+            except OSError as error:
+                refusal = [f"checkpoints cannot be kept in {folder}: {explained(error)}"]
+        if self._group is not None:
+            dist.broadcast_object_list(refusal, src=0, group=self._group)
+        if refusal[0] is not None:
+            raise UserError(refusal[0])
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Start a save; returns once the tensors are staged.
@@ -133,12 +143,11 @@ class CheckpointStore:
         temporary = self.folder / f"step-{step:08d}.tmp"
         if self._is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        writer = FileSystemWriter(temporary, sync_files=True)
         saving = cast(
             "Future[Metadata]",
             async_save(
                 dict(tensors),
-                storage_writer=writer,
+                storage_writer=storage_writer(self.form, temporary),
                 process_group=self._group,
                 no_dist=self._group is None,
             ),
@@ -203,40 +212,26 @@ def _clear_leftovers(folder: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def expect_one_process() -> None:
-    """One process is what `carillon train` and every reader are; DCP warns of it each time."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-
-def root_cause(error: BaseException) -> BaseException:
-    failures = getattr(error, "failures", None)  # DCP's CheckpointException: rank -> (error, trace)
-    cause: BaseException = next(iter(failures.values()))[0] if failures else error
-    if isinstance(cause, RuntimeError) and "inline_container" in str(cause):
-        # torch.save closing a file that it could not fill; the reason stays in its own process.
-        reason = cause.__context__ if isinstance(cause.__context__, OSError) else None
-        return reason or OSError("a file could not be written whole; is the disk full?")
-    return cause
-
-
 def seal(temporary: Path, state: dict[str, Any]) -> None:
-    """Add state and manifest, sync everything, and take the `.tmp` from the folder's name."""
+    """Add state and manifest, sync everything, and take the `.tmp` from the folder's name.
+
+    Files that another process wrote are synced there too: a machine holds back its own writes.
+    """
     write_durably(temporary / STATE, json.dumps(state, indent=2).encode())
-    files = {
-        file.relative_to(temporary).as_posix(): {
-            "sha256": _sha256(file),
-            "size_bytes": file.stat().st_size,
-        }
-        for file in sorted(temporary.rglob("*"))
-        if file.is_file()
-    }
+    files: dict[str, dict[str, object]] = {}
+    for path in sorted(temporary.rglob("*")):
+        _sync(path)
+        if path.is_file():
+            name, size_bytes = path.relative_to(temporary).as_posix(), path.stat().st_size
+            files[name] = {"sha256": _sha256(path), "size_bytes": size_bytes}
     write_durably(temporary / MANIFEST, json.dumps({"files": files}, indent=2).encode())
-    _sync_folder(temporary)
+    _sync(temporary)
     final = temporary.with_suffix("")
     if final.exists():  # the same step again, after a resume from before it
         # Renamed first: a kill in the middle of the removal leaves no half checkpoint.
         final.rename(final.with_suffix(".old.tmp"))
     temporary.rename(final)
-    _sync_folder(final.parent)
+    _sync(final.parent)
     shutil.rmtree(final.with_suffix(".old.tmp"), ignore_errors=True)
 
 
@@ -248,7 +243,8 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """Have a file or a folder on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

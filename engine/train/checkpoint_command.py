@@ -18,8 +18,10 @@ EXAMPLES = """examples:
   carillon checkpoint verify RUN                      all of a run's, byte by byte
   carillon checkpoint convert RUN --to safetensors --weights --out weights
   carillon checkpoint convert RUN --to zarr --out all.zarr-checkpoint
+  carillon checkpoint convert RUN --to torch_dist --out iter_0001000
 """
 _SHARD_GB = 5.0
+_FORMS = ("dcp", "safetensors", "zarr", "torch_dist")  # checkpoint_forms' too, which imports torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,14 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in (
         ("inspect", "what a checkpoint is of and holds"),
         ("verify", "compare every file with its recorded SHA-256"),
-        ("convert", "write the tensors in another form: dcp, safetensors or zarr"),
+        ("convert", "write the tensors in another form: dcp, safetensors, zarr or Megatron-Core's"),
     ):
         action = actions.add_parser(name, help=text, description=text)
         action.add_argument("checkpoint", help="a checkpoint's folder, or a run's")
         if name == "inspect":
             action.add_argument("--tensors", action="store_true", help="list every tensor")
         if name == "convert":
-            action.add_argument("--to", required=True, choices=("dcp", "safetensors", "zarr"))
+            action.add_argument("--to", required=True, choices=_FORMS)
             action.add_argument("--out", required=True, type=Path, help="the folder to make")
             action.add_argument(
                 "--weights",
@@ -54,15 +56,24 @@ def main(args: argparse.Namespace) -> int:
     if args.action == "verify":
         return _verify(args.checkpoint)
     checkpoint = _find(args.checkpoint)[-1]
-    checkpoint.verify()
+    if not _is_foreign(checkpoint.path):
+        checkpoint.verify()
     from carillon.engine.train.checkpoint_forms import open_tensors
 
-    source = open_tensors(checkpoint)
+    source = open_tensors(checkpoint.path, checkpoint.step)
     if args.action == "inspect":
         _inspect(checkpoint, source, tensors=args.tensors)
     else:
         _convert(checkpoint, source, args)
     return 0
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether Megatron-Core wrote the folder: it has no manifest to verify it by."""
+    from carillon.engine.train.checkpoint import MANIFEST
+    from carillon.engine.train.checkpoint_megatron import is_torch_dist
+
+    return is_torch_dist(path) and not (path / MANIFEST).is_file()
 
 
 def _find(given: str) -> list[Checkpoint]:
@@ -75,6 +86,8 @@ def _find(given: str) -> list[Checkpoint]:
     if (path / MANIFEST).is_file():
         one = Checkpoint(path=path, step=0)
         return [Checkpoint(path=path, step=int(one.state.get("step", 0)))]
+    if _is_foreign(path):
+        return [Checkpoint(path=path, step=0)]
     if path.is_dir() and not (path / "config.yaml").is_file():
         raise UserError(f"{path} is no checkpoint: it has no {MANIFEST}, and it is no run")
     run = find_run(given)
@@ -85,7 +98,13 @@ def _find(given: str) -> list[Checkpoint]:
 
 
 def _verify(given: str) -> int:
+    from carillon.engine.config import UserError
+
     for checkpoint in _find(given):
+        if _is_foreign(checkpoint.path):
+            raise UserError(
+                f"{checkpoint.path} is Megatron-Core's own: it has no manifest to verify it by"
+            )
         checkpoint.verify()
         print(f"{checkpoint.path}: good, {checkpoint.content_hash}")
     return 0
@@ -94,10 +113,12 @@ def _verify(given: str) -> int:
 def _inspect(checkpoint: Checkpoint, source: TensorSource, *, tensors: bool) -> None:
     from carillon.engine.train.checkpoint_forms import counted
 
-    state = checkpoint.state
-    print(f"{checkpoint.path}: good")
+    is_foreign = _is_foreign(checkpoint.path)
+    state = {"step": source.step} if is_foreign else checkpoint.state
+    print(f"{checkpoint.path}: {'not verified, it has no manifest' if is_foreign else 'good'}")
     print(f"  form        {source.form}")
-    print(f"  hash        {checkpoint.content_hash}")
+    if not is_foreign:
+        print(f"  hash        {checkpoint.content_hash}")
     for label, key in (("step", "step"), ("config", "config_hash"), ("processes", "world_size")):
         if key in state:
             print(f"  {label:<12}{state[key]}")
@@ -118,7 +139,7 @@ def _convert(checkpoint: Checkpoint, source: TensorSource, args: argparse.Namesp
     from carillon.engine.config import UserError
     from carillon.engine.data.publish import check_target
     from carillon.engine.train.checkpoint import seal
-    from carillon.engine.train.checkpoint_forms import write_tensors
+    from carillon.engine.train.checkpoint_writer import write_tensors
 
     out: Path = args.out.absolute()
     if not args.shard_gb > 0:
@@ -129,7 +150,10 @@ def _convert(checkpoint: Checkpoint, source: TensorSource, args: argparse.Namesp
     try:
         partial.mkdir(parents=True)
         write_tensors(args.to, partial, source, names, int(args.shard_gb * 1e9))
-        seal(partial, checkpoint.state | {"converted_from": checkpoint.content_hash})
+        if _is_foreign(checkpoint.path):
+            seal(partial, {"step": source.step, "converted_from": "torch_dist"})
+        else:
+            seal(partial, checkpoint.state | {"converted_from": checkpoint.content_hash})
     except OSError as error:
         raise UserError(f"{out} cannot be written: {explained(error)}") from None
     finally:

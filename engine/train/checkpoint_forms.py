@@ -1,108 +1,137 @@
-"""The forms of a checkpoint's tensors on disk, read and written without a distributed start.
+"""The forms of a checkpoint's tensors on disk, opened without a distributed start.
 
 | form | files | for |
 | --- | --- | --- |
-| dcp | .metadata, *.distcp | training: it saves and resumes this form, in any layout |
+| dcp | .metadata, *.distcp | training's own: one file a process |
 | safetensors | model*.safetensors, with an index where there are several | Hugging Face's tools |
 | zarr | tensors.zarr, a group with one array a tensor (v3) | reading parts, from any language |
+| torch_dist | as dcp, with metadata.json and common.pt | Megatron-Core |
 
-Every form has the same state.json and manifest.json beside it, and the same bytes in each tensor.
-zarr has no bfloat16 or float8: such an array holds the bits as whole numbers, and its attribute
-`dtype` has torch's name.
+Training saves and resumes the first three, in any layout. Every form that we write has the same
+state.json and manifest.json beside it, and the same bytes in each tensor. zarr has no bfloat16 or
+float8: such an array holds the bits as whole numbers, and its attribute `dtype` has torch's name.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from carillon.engine.config import UserError
-from carillon.engine.train.checkpoint import Checkpoint, expect_one_process
-from carillon.engine.train.checkpoint_reader import CheckedReader, read_tensors
+from carillon.engine.train.checkpoint_megatron import is_torch_dist, iteration, own_name
+from carillon.engine.train.checkpoint_metadata import (
+    METADATA,
+    CheckedReader,
+    expect_one_process,
+    told,
+)
+from carillon.engine.train.checkpoint_places import (
+    GROUP,
+    SAFETENSORS_DTYPES,
+    Entry,
+    open_zarr,
+    read_part,
+)
 
-FORMS = ("dcp", "safetensors", "zarr")
-INDEX = "model.safetensors.index.json"
-GROUP = "tensors.zarr"
-_BATCH_BYTES = 1 << 30  # tensors held at a time between two forms, unless one is larger
-
-
-class Entry(NamedTuple):
-    """What a tensor is."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def size_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+FORMS = ("dcp", "safetensors", "zarr", "torch_dist")
 
 
 class TensorSource(Protocol):
-    """The tensors of one checkpoint."""
+    """The tensors of one checkpoint. Raises UserError for a file that cannot be read."""
 
     form: str
+    step: int
     entries: Mapping[str, Entry]
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """These tensors, on the CPU."""
 
 
-def open_tensors(checkpoint: Checkpoint) -> TensorSource:
-    """The tensors of a checkpoint that was verified. Raises UserError for an unknown form."""
-    path = checkpoint.path
-    if (path / ".metadata").is_file():
-        return _DcpSource(checkpoint)
+class PartSource(TensorSource, Protocol):
+    """Tensors of which a part can be read alone."""
+
+    def read_part(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor: ...
+
+
+def open_tensors(path: Path, step: int) -> TensorSource:
+    """The tensors of a checkpoint of `step` that was verified. Raises UserError for an unknown
+    form."""
+    if (path / METADATA).is_file():
+        return _DcpSource(path, step)
+    parts = open_parts(path, step)
+    if parts is None:
+        raise UserError(f"{path} holds no tensors in a known form: {', '.join(FORMS)}")
+    return parts
+
+
+def open_parts(path: Path, step: int) -> PartSource | None:
+    """The same, where the form is one to read parts from."""
     if any(path.glob("*.safetensors")):
-        return _SafetensorsSource(path)
+        return _SafetensorsSource(path, step)
     if (path / GROUP).is_dir():
-        return _ZarrSource(path)
-    raise UserError(f"{path} holds no tensors in a known form: {', '.join(FORMS)}")
+        return _ZarrSource(path, step)
+    return None
 
 
 class _DcpSource:
-    form = "dcp"
+    """torch's own files, and Megatron-Core's under their names here."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        metadata = CheckedReader(checkpoint.path).read_metadata().state_dict_metadata
-        self.entries: Mapping[str, Entry] = {
-            name: Entry(tuple(entry.size), entry.properties.dtype)
-            for name, entry in metadata.items()
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
+        is_foreign = is_torch_dist(path)
+        self.form = "torch_dist" if is_foreign else "dcp"
+        self.step = step or iteration(path) if is_foreign else step
+        stored = CheckedReader(path).read_metadata().state_dict_metadata
+        self._stored = {
+            own_name(name) if is_foreign else name: name
+            for name, entry in stored.items()
             if isinstance(entry, TensorStorageMetadata)
+        }
+        self.entries: Mapping[str, Entry] = {
+            name: _entry(stored[old]) for name, old in self._stored.items()
         }
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        tensors = {name: torch.empty(e.shape, dtype=e.dtype) for name, e in self._of(names)}
-        read_tensors(self._checkpoint, tensors, partial=True)
+        expect_one_process()
+        tensors = {
+            name: torch.empty(self.entries[name].shape, dtype=self.entries[name].dtype)
+            for name in names
+        }
+        stored = {self._stored[name]: tensor for name, tensor in tensors.items()}
+        try:
+            load(stored, storage_reader=CheckedReader(self._path), no_dist=True)
+        except CheckpointException as error:  # a BaseException of DCP's, around any failure
+            raise UserError(f"checkpoint {self._path} cannot be read: {told(error)}") from error
         return tensors
 
-    def _of(self, names: Sequence[str]) -> Iterator[tuple[str, Entry]]:
-        return ((name, self.entries[name]) for name in names)
+
+def _entry(stored: Any) -> Entry:
+    return Entry(tuple(stored.size), stored.properties.dtype)
 
 
 class _SafetensorsSource:
     form = "safetensors"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, step: int) -> None:
+        self.step = step
         self._files: dict[str, Path] = {}
+        self._opened: dict[Path, Any] = {}
         entries: dict[str, Entry] = {}
         for file in sorted(path.glob("*.safetensors")):
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118 (it is no mapping)
                         part = opened.get_slice(name)
-                        dtype = _SAFETENSORS_DTYPES[part.get_dtype()]
+                        dtype = SAFETENSORS_DTYPES[part.get_dtype()]
                         entries[name] = Entry(tuple(part.get_shape()), dtype)
                         self._files[name] = file
             except (SafetensorError, KeyError, OSError) as error:
@@ -110,133 +139,46 @@ class _SafetensorsSource:
         self.entries: Mapping[str, Entry] = entries
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for file in dict.fromkeys(self._files[name] for name in names):
-            with safe_open(file, framework="pt") as opened:
-                here = [name for name in names if self._files[name] == file]
-                tensors |= {name: opened.get_tensor(name) for name in here}
-        return tensors
+        return {name: self._file_of(name).get_tensor(name) for name in names}
+
+    def read_part(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        if not sizes:
+            return self.read([name])[name]
+        part: Tensor = self._file_of(name).get_slice(name)[_slices(offsets, sizes)]
+        return part
+
+    def _file_of(self, name: str) -> Any:
+        """Opened once: each opening reads the header of all tensors."""
+        file = self._files[name]
+        if file not in self._opened:
+            self._opened[file] = safe_open(file, framework="pt")
+        return self._opened[file]
 
 
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_ZARR_BITS = {  # what zarr has no type for
-    torch.bfloat16: torch.uint16,
-    torch.float8_e4m3fn: torch.uint8,
-    torch.float8_e5m2: torch.uint8,
-}
+def _slices(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))
 
 
 class _ZarrSource:
     form = "zarr"
 
-    def __init__(self, path: Path) -> None:
-        import zarr
-
-        group = zarr.open_group(path / GROUP, mode="r", zarr_format=3)
-        self._arrays: dict[str, Any] = dict(group.arrays())
-        entries: dict[str, Entry] = {}
-        for name, array in self._arrays.items():
-            dtype = getattr(torch, str(array.attrs.get("dtype")), None)
-            if not isinstance(dtype, torch.dtype):
-                raise UserError(f"{path / GROUP}: {name} has no torch type in its attributes")
-            entries[name] = Entry(tuple(array.shape), dtype)
-        self.entries: Mapping[str, Entry] = entries
+    def __init__(self, path: Path, step: int) -> None:
+        self.step, self._path = step, path
+        try:
+            self._places = open_zarr(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path / GROUP} cannot be read: {error}") from None
+        self.entries: Mapping[str, Entry] = {n: place.entry for n, place in self._places.items()}
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return {name: self._read(name) for name in names}
+        shapes = {name: self.entries[name].shape for name in names}
+        return {name: self.read_part(name, [0] * len(s), s) for name, s in shapes.items()}
 
-    def _read(self, name: str) -> Tensor:
-        entry = self.entries[name]
-        bits = torch.from_numpy(self._arrays[name][...].reshape(-1).copy())
-        return bits.view(entry.dtype).view(entry.shape)
-
-
-def write_tensors(
-    form: str, folder: Path, source: TensorSource, names: Mapping[str, str], shard_bytes: int
-) -> None:
-    """Write tensors of `source` into an existing empty folder.
-
-    `names` has the name in the source by the name to give; a safetensors file takes up to
-    `shard_bytes` of them. Only dcp needs memory for all at once.
-    """
-    if form == "dcp":
-        expect_one_process()
-        tensors = source.read(list(names.values()))
-        renamed = {name: tensors[old] for name, old in names.items()}
-        save(renamed, storage_writer=FileSystemWriter(folder, sync_files=True), no_dist=True)
-    elif form == "safetensors":
-        _write_safetensors(folder, source, names, shard_bytes)
-    else:
-        _write_zarr(folder, source, names)
-
-
-def _batches(
-    source: TensorSource, names: Mapping[str, str], limit_bytes: int
-) -> Iterator[dict[str, str]]:
-    """In order, as many at a time as fit in the limit, at least one."""
-    batch: dict[str, str] = {}
-    held = 0
-    for name, old in names.items():
-        size = source.entries[old].size_bytes
-        if batch and held + size > limit_bytes:
-            yield batch
-            batch, held = {}, 0
-        batch[name] = old
-        held += size
-    if batch:
-        yield batch
-
-
-def _read_as(source: TensorSource, names: Mapping[str, str]) -> dict[str, Tensor]:
-    tensors = source.read(list(names.values()))
-    return {name: tensors[old].contiguous() for name, old in names.items()}
-
-
-def _write_safetensors(
-    folder: Path, source: TensorSource, names: Mapping[str, str], shard_bytes: int
-) -> None:
-    shards = list(_batches(source, names, shard_bytes))
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(files, shards, strict=True):
-        save_file(_read_as(source, shard), folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        total = sum(source.entries[old].size_bytes for old in names.values())
-        weight_map = {
-            name: file for file, shard in zip(files, shards, strict=True) for name in shard
-        }
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_zarr(folder: Path, source: TensorSource, names: Mapping[str, str]) -> None:
-    import zarr
-
-    group = zarr.create_group(folder / GROUP, zarr_format=3)
-    for batch in _batches(source, names, _BATCH_BYTES):
-        for name, tensor in _read_as(source, batch).items():
-            bits = tensor.view(-1).view(_ZARR_BITS.get(tensor.dtype, tensor.dtype))
-            values: Any = bits.numpy().reshape(tensor.shape)
-            chunks = tuple(max(size, 1) for size in values.shape)
-            array = group.create_array(
-                name, shape=values.shape, chunks=chunks, dtype=values.dtype, compressors=None
-            )
-            array[...] = values
-            array.attrs["dtype"] = str(tensor.dtype).removeprefix("torch.")
+    def read_part(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        try:
+            return read_part(self._path, self._places[name], offsets, sizes)
+        except OSError as error:  # a chunk that is gone, or of another size than zarr.json says
+            raise UserError(f"{self._path / GROUP}: {name} cannot be read: {error}") from None
 
 
 def counted(entries: Iterable[Entry]) -> tuple[int, int, int]:

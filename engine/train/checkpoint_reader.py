@@ -1,27 +1,42 @@
-"""Reads the tensors of a checkpoint that torch.distributed.checkpoint (DCP) wrote.
+"""Fills a model's tensors from a checkpoint, whatever layout and form wrote it.
 
-DCP's own metadata is a pickle: it is read by an unpickler that knows its few classes and nothing
-else, after the manifest was verified.
+Each process reads the parts that it holds, through torch.distributed.checkpoint (DCP); the form is
+found, not configured. What one process cannot open, every process refuses.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
 
 from carillon.engine.config import UserError
-from carillon.engine.train.checkpoint import Checkpoint, expect_one_process, root_cause
+from carillon.engine.train.checkpoint import Checkpoint
+from carillon.engine.train.checkpoint_forms import PartSource, open_parts
+from carillon.engine.train.checkpoint_megatron import is_torch_dist
+from carillon.engine.train.checkpoint_metadata import (
+    METADATA,
+    CheckedReader,
+    expect_one_process,
+    told,
+)
+
+T = TypeVar("T")
 
 
 def read_tensors(
@@ -38,19 +53,48 @@ def read_tensors(
     Raises UserError when names or shapes are not this model's. Call `verify` first.
     """
     expect_one_process()
-    if not (checkpoint.path / ".metadata").is_file():
-        raise UserError(
-            f"checkpoint {checkpoint.path} is in a form that is not trained from: make one that is "
-            "by 'carillon checkpoint convert FOLDER --to dcp --out FOLDER'"
-        )
-    reader = CheckedReader(checkpoint.path)
     shapes = shapes or {name: tensor.shape for name, tensor in tensors.items()}
-    _check_same_model(reader.read_metadata(), shapes, checkpoint, partial)
+    reader = _agreed(lambda: _open(checkpoint, shapes, partial))
     try:
         load_tensors(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:  # a BaseException of DCP's, around any failure to read
-        cause = str(root_cause(error)).splitlines()[0]
-        raise UserError(f"checkpoint {checkpoint.path} cannot be read: {cause}") from error
+        raise UserError(f"checkpoint {checkpoint.path} cannot be read: {told(error)}") from error
+
+
+def _open(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], partial: bool) -> StorageReader:
+    path = checkpoint.path
+    parts = open_parts(path, checkpoint.step)
+    reader: StorageReader
+    if parts is not None:
+        reader = _PartReader(parts)
+    elif (path / METADATA).is_file() and not is_torch_dist(path):
+        reader = CheckedReader(path)
+    else:
+        raise UserError(
+            f"checkpoint {path} is in a form that is not trained from: make one that is by "
+            "'carillon checkpoint convert FOLDER --to dcp --out FOLDER'"
+        )
+    _check_same_model(reader.read_metadata(), shapes, checkpoint, partial)
+    return reader
+
+
+def _agreed(work: Callable[[], T]) -> T:
+    """The result of `work`, or on every process the first that a process was refused."""
+    if not dist.is_initialized():
+        return work()
+    result: T | None = None
+    refusal: str | None = None
+    try:
+        result = work()
+    except (UserError, OSError) as error:
+        refusal = str(error)
+    refusals: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(refusals, refusal)
+    first = next((text for text in refusals if text is not None), None)
+    if first is not None:
+        raise UserError(first)
+    assert result is not None
+    return result
 
 
 def _check_same_model(
@@ -76,56 +120,49 @@ def _check_same_model(
         )
 
 
-class CheckedReader(FileSystemReader):
-    """DCP's reader with its pickled metadata read by an allow-list."""
+class _PartReader(StorageReader):
+    """Gives DCP the parts that it asks for, from a form that holds whole tensors."""
+
+    def __init__(self, source: PartSource) -> None:
+        self._source = source
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        content = (Path(self.path) / ".metadata").read_bytes()
-        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
-        if not isinstance(metadata, Metadata):
-            raise UserError(f"checkpoint {self.path}: .metadata is not a checkpoint's metadata")
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = frozenset(
-        {
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("collections", "OrderedDict"),
-            ("builtins", "set"),
-            ("pathlib", "PosixPath"),  # where it was written; never used
-            ("pathlib._local", "PosixPath"),
+        stored = {
+            name: TensorStorageMetadata(
+                properties=TensorProperties(dtype=entry.dtype),
+                size=torch.Size(entry.shape),
+                chunks=[
+                    ChunkStorageMetadata(
+                        offsets=torch.Size([0] * len(entry.shape)), sizes=torch.Size(entry.shape)
+                    )
+                ],
+            )
+            for name, entry in self._source.entries.items()
         }
-    )
+        return Metadata(state_dict_metadata=dict(stored))
 
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        is_plain_class = module in self._MODULES and "." not in name
-        if is_dtype or (module, name) in self._NAMES:
-            return super().find_class(module, name)
-        if is_plain_class and name in _METADATA_CLASSES:
-            return super().find_class(module, name)
-        raise UserError(
-            f"checkpoint metadata names {module}.{name}, which no checkpoint of ours does"
-        )
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None: ...
 
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
 
-_METADATA_CLASSES = frozenset(
-    {
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "TensorProperties",
-        "ChunkStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-        "_StorageInfo",
-        "_StoragePrefix",
-    }
-)
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            name = item.storage_index.fqn
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(self._source.read_part(name, item.storage_offsets, item.lengths))
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True

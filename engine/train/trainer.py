@@ -90,6 +90,7 @@ class Trainer:
             path / "checkpoints",
             keep_last=config.logging.keep_last,
             is_main=world.is_main,
+            form=config.logging.checkpoint_form,
         )
         num_samples = loader.samples.held_out.num_training
         self.num_steps = optimization.num_steps(num_samples, config.data.batch_size)

@@ -171,15 +171,22 @@ class Setup:
 
 
 def run_ranks(
-    folder: Path, cases: dict[str, tuple[int, list[str]]], fault: int | None = None
+    folder: Path,
+    cases: dict[str, tuple[int, list[str]]],
+    *,
+    fault: int | None = None,
+    file_limits: dict[str, dict[int, int]] | None = None,
 ) -> dict[str, Any]:
     """Run each case (number of processes, argv), in order; returns codes and stderr by rank.
 
-    On the rank `fault`, stages of the text tower raise.
+    On the rank `fault`, stages of the text tower raise. `file_limits` has, by case and rank, the
+    bytes past which no file grows, as on a full disk.
     """
     folder.mkdir(parents=True)
+    limits = file_limits or {}
     given = {
-        name: {"world_size": n, "argv": argv, "fault": fault} for name, (n, argv) in cases.items()
+        name: {"world_size": n, "argv": argv, "fault": fault, "file_limits": limits.get(name, {})}
+        for name, (n, argv) in cases.items()
     }
     (folder / "cases.json").write_text(json.dumps(given))
     worker = [sys.executable, str(RANKS), str(folder / "cases.json"), str(folder / "results.json")]

@@ -1,13 +1,14 @@
 """Runs `carillon` commands as several processes each, forked from here so that torch is imported
 once: python ranks_worker.py CASES.json RESULTS.json
 
-Each case has world_size and argv; its result, the exit code and stderr of each rank. The ranks find
-each other by the environment variables that torchrun sets. With `fault`, a rank, that one's stages
-of the text tower raise.
+Each case has world_size, argv, file_limits (by rank, the bytes that a file may have) and fault (the
+rank on which stages of the text tower raise, or none); its result, the exit code and stderr of each
+rank. The ranks find each other by the environment variables that torchrun sets.
 """
 
 import json
 import os
+import resource
 import socket
 import sys
 import traceback
@@ -41,6 +42,9 @@ def fork_rank(case: dict[str, Any], rank: int, port: int, stderr: Path) -> int:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world_size"]}
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in (place | rendezvous).items()})
+        limit = case["file_limits"].get(str(rank))
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         if case["fault"] == rank:
             TextPiece.forward = fail  # type: ignore[method-assign]
         code = main(case["argv"])

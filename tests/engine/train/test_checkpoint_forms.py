@@ -45,7 +45,7 @@ def saved(tmp_path: Path) -> Path:
 def content(path: Path) -> dict[str, Tensor]:
     checkpoint = Checkpoint(path=path, step=7)
     checkpoint.verify()
-    source = open_tensors(checkpoint)
+    source = open_tensors(path, 7)
     return source.read(list(source.entries))
 
 
@@ -70,7 +70,7 @@ def convert(path: Path, form: str, out: Path, *options: str) -> Path:
 def test_any_form_becomes_any_other(saved: Path, tmp_path: Path, first: str, second: str) -> None:
     once = convert(saved, first, tmp_path / "first.form")
     twice = convert(once, second, tmp_path / "second")
-    assert open_tensors(Checkpoint(path=twice, step=7)).form == second
+    assert open_tensors(twice, 7).form == second
     assert_same_bytes(content(twice), tensors())
     state = json.loads((twice / "state.json").read_text())
     assert state == STATE | {"converted_from": Checkpoint(path=once, step=7).content_hash}
@@ -111,12 +111,12 @@ def test_a_run_goes_on_from_a_converted_checkpoint(setup: Any, tmp_path: Path) -
     assert_same_bytes(copy.content(10), setup.content(10))
 
 
-def test_training_says_what_to_do_with_another_form(
+def test_training_says_what_to_do_with_a_form_of_others(
     setup: Any, tmp_path: Path, capsys: Capture
 ) -> None:
     assert setup.train() == 0
     newest = setup.checkpoints()[-1].path
-    shutil.move(convert(newest, "safetensors", tmp_path / "s"), tmp_path / "moved")
+    shutil.move(convert(newest, "torch_dist", tmp_path / "s"), tmp_path / "moved")
     shutil.rmtree(newest)
     shutil.move(tmp_path / "moved", newest)
     assert main(["embed", str(setup.run), "--out", str(tmp_path / "e")]) == 2
