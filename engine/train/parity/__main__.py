@@ -32,8 +32,8 @@ ERRORS = ("loss", "gradient", "norm")
 _TIMEOUT_S = 900
 _HEAD = """# Every layout computes one process's step
 
-Written by `make parity`; a test holds every cell to the bar and this page to the cases. Each cell:
-the relative error of the loss, and the largest of the gradients, per tensor
+Written by `make parity`; a test runs every row and holds this page to the cases and the bar. Each
+cell: the relative error of the loss, and the largest of the gradients, per tensor
 ||difference|| / max(||reference||, 1e-3 x the global gradient norm), against one process in fp32;
 the worst over the row's variants. Allowed: {tolerance:.0e}. Weights held: the share of a model's
 values that the process with most of them keeps between steps, small models' whole layers included.
@@ -41,8 +41,9 @@ Every case is in parity.json.
 """
 
 
-def run_cases(size: int) -> list[Result]:
-    """Every case of this world size, in a process group that has started."""
+def run_cases(size: int, *, first_variants: bool) -> list[Result]:
+    """Every case of this world size, or those of each row's first variant, in a process group that
+    has started."""
     cuda = torch.cuda.is_available() and dist.get_backend() == "nccl"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     references: dict[tuple[str, int], Step] = {}
@@ -52,6 +53,8 @@ def run_cases(size: int) -> list[Result]:
         if row.size != size:
             continue
         for column, variant in row.cases:
+            if first_variants and variant != row.variants[0]:
+                continue
             model = (column, row.depth)
             if model not in references:
                 references[model] = COLUMNS[column](None, None, Variant(), row.depth)
@@ -84,7 +87,7 @@ def _result(row: Row, column: str, variant: Variant, found: Step, reference: Ste
     }
 
 
-def launch(size: int) -> list[Result]:
+def launch(size: int, *, first_variants: bool = False) -> list[Result]:
     """Start `size` processes on this machine that run their cases; returns the results.
 
     Raises RuntimeError with what they wrote when they fail.
@@ -94,7 +97,10 @@ def launch(size: int) -> list[Result]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={size}", "-m", "carillon.engine.train.parity"]
         done = subprocess.run(
-            [*command, "--results", str(out)], capture_output=True, text=True, timeout=_TIMEOUT_S
+            [*command, "--results", str(out), *["--first-variants"] * first_variants],
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
         )
         if done.returncode:
             told = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
@@ -129,11 +135,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="the page to write")
     parser.add_argument("--results", type=Path, help="in a process group: JSON of its cases")
+    parser.add_argument("--first-variants", action="store_true", help="of each row, no others")
     arguments = parser.parse_args()
     if arguments.results is not None:
         torch.set_num_threads(1)
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        results = run_cases(dist.get_world_size())
+        results = run_cases(dist.get_world_size(), first_variants=arguments.first_variants)
         if dist.get_rank() == 0:
             arguments.results.write_text(json.dumps(results))
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ def cases(rows: tuple[Row, ...]) -> set[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_layouts_give_the_step_of_one_process(size: int) -> None:
-    results = launch(size)
+    # With four processes, which have most rows, each in one variant: `make parity` runs all.
+    results = launch(size, first_variants=size == 4)
     rows = tuple(row for row in ROWS if row.size == size)
+    if size == 4:
+        rows = tuple(replace(row, variants=row.variants[:1]) for row in rows)
     assert {(r["row"], r["column"], r["variant"]) for r in results} == cases(rows)
     worse = [r for r in results if not max(r[error] for error in ERRORS) <= TOLERANCE_FP32]
     assert not worse, worse
