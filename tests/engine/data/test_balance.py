@@ -73,8 +73,13 @@ def test_dealt_rows_are_the_same_batch_and_loss() -> None:
 
     def step(parts: list[PackedRows]) -> tuple[float, list[torch.Tensor]]:
         model = build_decoder(config, vocab_size=50, generator=torch.Generator().manual_seed(1))
+        joined = PackedRows(*(torch.cat(part) for part in zip(*parts, strict=True)))
         loss = language_forward_backward(
-            model, parts, world=None, autocast=lambda: torch.autocast("cpu", enabled=False)
+            model,
+            joined,
+            len(parts),
+            world=None,
+            autocast=lambda: torch.autocast("cpu", enabled=False),
         )
         return float(loss), [p.grad for p in model.parameters() if p.grad is not None]
 
