@@ -210,22 +210,6 @@ class Batch(NamedTuple):
         )
 
 
-def joined(parts: list[Batch]) -> Batch:
-    """What `microbatches` gave, whole again."""
-    if len(parts) == 1:
-        return parts[0]
-    ids = [part.ids for part in parts if part.ids is not None]
-    return Batch(
-        images=torch.cat([part.images for part in parts]),
-        tokens=torch.cat([part.tokens for part in parts]),
-        lengths=torch.cat([part.lengths for part in parts]),
-        keys=[key for part in parts for key in part.keys],
-        languages=[language for part in parts for language in part.languages],
-        bad=[],
-        ids=torch.cat(ids) if ids else None,
-    )
-
-
 def open_training(config: DataConfig) -> tuple[Opened, Split]:
     """The set and its split to train on. Raises UserError when either is not there."""
     dataset = open_dataset(config.path if config.path is not None else list(config.shards))

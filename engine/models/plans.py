@@ -126,24 +126,15 @@ def _context_problems(config: DecoderConfig, layout: DistributedConfig) -> Itera
         )
 
 
-def split_sizes(config: DualEncoderConfig, whole_tower: str | None) -> Iterator[tuple[str, int]]:
-    """What a tensor-parallel degree must divide: its name and size."""
+def split_sizes(
+    config: DualEncoderConfig, whole_tower: str | None, *names: str
+) -> Iterator[tuple[str, int]]:
+    """These sizes of the towers that tensor parallelism splits: their name and value."""
     vision = vision_config(config.vision_backbone, config.vision)
     text = text_config(config.text_backbone, config.text)
     for tower, sizes in (("vision", vision), ("text", text)):
         if tower != whole_tower:
-            yield f"model.{tower}'s num_heads", sizes.num_heads
-            yield f"model.{tower}'s mlp_width", sizes.mlp_width
-
-
-def fp8_sides(config: DualEncoderConfig, whole_tower: str | None) -> Iterator[tuple[str, int]]:
-    """Sides of the blocks' weights that a tensor-parallel degree divides: their name and size."""
-    vision = vision_config(config.vision_backbone, config.vision)
-    text = text_config(config.text_backbone, config.text)
-    for tower, sizes in (("vision", vision), ("text", text)):
-        if tower != whole_tower:
-            yield f"model.{tower}'s width", sizes.width
-            yield f"model.{tower}'s mlp_width", sizes.mlp_width
+            yield from ((f"model.{tower}'s {name}", getattr(sizes, name)) for name in names)
 
 
 def depths(config: DualEncoderConfig) -> dict[str, int]:

@@ -144,7 +144,9 @@ def _place(said: dict[str, Any]) -> _StorageInfo:
     if file.is_absolute() or ".." in file.parts:
         raise ValueError(f"the file {file} is outside of the checkpoint")
     offset, length = _size([said["offset"], said["length"]])
-    return _StorageInfo(str(file), offset, length, said.get("transform_descriptors"))
+    if said.get("transform_descriptors"):
+        raise ValueError(f"the file {file} is packed in a way that is not written here")
+    return _StorageInfo(str(file), offset, length)
 
 
 def expect_one_process() -> None:

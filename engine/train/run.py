@@ -41,7 +41,7 @@ from carillon.engine.eval.suite import EvaluationConfig
 from carillon.engine.log import LoggingConfig
 from carillon.engine.losses.contrastive import LossConfig
 from carillon.engine.models.catalog import text_config
-from carillon.engine.models.plans import depths, fp8_sides, split_sizes
+from carillon.engine.models.plans import depths, split_sizes
 from carillon.engine.models.towers.dual_encoder import (
     DualEncoder,
     DualEncoderConfig,
@@ -124,7 +124,9 @@ class RunConfig:
         )
         if ep > 1:
             yield f"distributed.ep: {ep} given, but a dual encoder has no experts; use ep=1"
-        for name, size in split_sizes(self.model, whole) if tp > 1 else ():
+        for name, size in (
+            split_sizes(self.model, whole, "num_heads", "mlp_width") if tp > 1 else ()
+        ):
             if size % tp:
                 fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
                 yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"
@@ -146,8 +148,8 @@ class RunConfig:
 
     def _check_fp8(self) -> Iterator[str]:
         tp, kept = self.distributed.tp, self.distributed.fp8_keep_blocks
-        sides = fp8_sides(self.model, self.distributed.tp_whole_tower) if tp > 1 else ()
-        for name, size in sides:
+        whole = self.distributed.tp_whole_tower
+        for name, size in split_sizes(self.model, whole, "width", "mlp_width") if tp > 1 else ():
             if size % FP8_UNIT == 0 and size // tp % FP8_UNIT:  # 8 bits in one process only
                 fits = ", ".join(
                     str(n) for n in range(1, tp) if size % n == 0 and size // n % FP8_UNIT == 0

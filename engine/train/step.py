@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from carillon.engine.data.loader import Batch, joined
+from carillon.engine.data.loader import Batch
 from carillon.engine.data.transforms import normalize
 from carillon.engine.models.towers.dual_encoder import DualEncoder, DualFeatures
 from carillon.engine.parallel.apply import LaidOut, gradient_sync
@@ -30,29 +30,33 @@ Autocast = Callable[[], AbstractContextManager[None]]
 def forward_backward(
     model: LaidOut,
     objective: Objective,
-    microbatches: list[Batch],
+    batch: Batch,
+    size: int,
     *,
     group: dist.ProcessGroup | None,
     autocast: Autocast,
 ) -> Tensor:
-    """Add the gradients of this process's batch; returns its loss, a detached scalar.
+    """Add the gradients of this process's batch, in microbatches of `size`; returns its loss, a
+    detached scalar.
 
     The mean of the losses over the data ranks is the loss of the global batch.
     """
     if isinstance(model, PipelinedDualEncoder):
-        return _through_pipelines(model, objective, microbatches, group, autocast)
-    if len(microbatches) == 1:
-        loss = objective(_features(model, microbatches[0], autocast), group, microbatches[0].ids)
+        num = len(batch.keys) // size
+        return _through_pipelines(model, objective, batch, num, group, autocast)
+    if size >= len(batch.keys):
+        loss = objective(_features(model, batch, autocast), group, batch.ids)
         torch.autograd.backward(loss)
         return loss.detach()
-    return _cached_gradients(model, objective, microbatches, group, autocast)
+    return _cached_gradients(model, objective, batch, size, group, autocast)
 
 
 @torch.no_grad()
 def loss_alone(
     model: DualEncoder,
     objective: Objective,
-    microbatches: list[Batch],
+    batch: Batch,
+    size: int,
     *,
     group: dist.ProcessGroup | None,
     autocast: Autocast,
@@ -61,42 +65,35 @@ def loss_alone(
 
     Where parameters are sharded, call it before `forward_backward`: that frees what this gathered.
     """
-    parts = [_features(model, batch, autocast) for batch in microbatches]
-    features = DualFeatures(
-        image=torch.cat([part.image for part in parts]),
-        text=torch.cat([part.text for part in parts]),
-        scale=parts[0].scale,
-        bias=parts[0].bias,
-    )
-    ids = [batch.ids for batch in microbatches if batch.ids is not None]
-    return objective(features, group, torch.cat(ids) if ids else None)
+    features = _all_features(model, batch.microbatches(size), autocast)
+    return objective(features, group, batch.ids)
 
 
 def _cached_gradients(
     model: DualEncoder,
     objective: Objective,
-    microbatches: list[Batch],
+    batch: Batch,
+    size: int,
     group: dist.ProcessGroup | None,
     autocast: Autocast,
 ) -> Tensor:
+    microbatches = batch.microbatches(size)
     with torch.no_grad():
-        parts = [_features(model, batch, autocast) for batch in microbatches]
+        features = _all_features(model, microbatches, autocast)
     leaves = DualFeatures(
-        image=_leaf(torch.cat([part.image for part in parts])),
-        text=_leaf(torch.cat([part.text for part in parts])),
-        scale=_leaf(parts[0].scale),
-        bias=_leaf(parts[0].bias) if parts[0].bias is not None else None,
+        image=_leaf(features.image),
+        text=_leaf(features.text),
+        scale=_leaf(features.scale),
+        bias=_leaf(features.bias) if features.bias is not None else None,
     )
-    ids = [batch.ids for batch in microbatches if batch.ids is not None]
-    loss = objective(leaves, group, torch.cat(ids) if ids else None)
+    loss = objective(leaves, group, batch.ids)
     torch.autograd.backward(loss)
-    sizes = [len(batch.keys) for batch in microbatches]
-    image_grads = torch.split(_grad(leaves.image), sizes)
-    text_grads = torch.split(_grad(leaves.text), sizes)
+    image_grads = torch.split(_grad(leaves.image), size)
+    text_grads = torch.split(_grad(leaves.text), size)
     last = len(microbatches) - 1
-    for i, batch in enumerate(microbatches):
+    for i, part in enumerate(microbatches):
         with gradient_sync(model, enabled=i == last):
-            features = _features(model, batch, autocast)
+            features = _features(model, part, autocast)
             outputs, grads = [features.image, features.text], [image_grads[i], text_grads[i]]
             if i == last:  # scale and bias enter the loss once
                 for output, leaf in ((features.scale, leaves.scale), (features.bias, leaves.bias)):
@@ -110,18 +107,30 @@ def _cached_gradients(
 def _through_pipelines(
     model: PipelinedDualEncoder,
     objective: Objective,
-    microbatches: list[Batch],
+    batch: Batch,
+    num: int,
     group: dist.ProcessGroup | None,
     autocast: Autocast,
 ) -> Tensor:
-    """Cached gradients again, where a schedule of the pipeline takes the microbatches in turn."""
-    batch, num = joined(microbatches), len(microbatches)
+    """Cached gradients again, where a schedule of the pipeline takes `num` microbatches in turn."""
     image, text = (_leaf(features) for features in model.features(batch, num, autocast))
     scale, bias = model.scale()
     loss = objective(DualFeatures(image, text, scale, bias), group, batch.ids)
     torch.autograd.backward(loss)  # into scale and bias, too
     model.backpropagate(batch, num, _grad(image), _grad(text))
     return loss.detach()
+
+
+def _all_features(
+    model: DualEncoder, microbatches: list[Batch], autocast: Autocast
+) -> DualFeatures:
+    parts = [_features(model, part, autocast) for part in microbatches]
+    return DualFeatures(
+        image=torch.cat([part.image for part in parts]),
+        text=torch.cat([part.text for part in parts]),
+        scale=parts[0].scale,
+        bias=parts[0].bias,
+    )
 
 
 def _features(model: DualEncoder, batch: Batch, autocast: Autocast) -> DualFeatures:

@@ -236,10 +236,15 @@ class Trainer:
         size = microbatch_size(
             self.config.distributed, self.config.data.micro_batch_size, len(batch.keys)
         )
-        parts = local.microbatches(size)
-        group, autocast = self.world.data_group, self._autocast
-        shadow = self._shadow_loss(parts) if self.shadow.due(self.step + 1) else None
-        loss = forward_backward(self.model, self.objective, parts, group=group, autocast=autocast)
+        shadow = self._shadow_loss(local, size) if self.shadow.due(self.step + 1) else None
+        loss = forward_backward(
+            self.model,
+            self.objective,
+            local,
+            size,
+            group=self.world.data_group,
+            autocast=self._autocast,
+        )
         norm = self._clip()
         mean_loss, stop, counts, global_work = self._reduce(loss, work)
         self._loss = mean_loss
@@ -269,14 +274,15 @@ class Trainer:
             self.shadow.check()
         return values, stop, global_work
 
-    def _shadow_loss(self, parts: list[Batch]) -> float:
+    def _shadow_loss(self, batch: Batch, size: int) -> float:
         """Of the global batch and the weights before this step, by bfloat16 products."""
         assert isinstance(self.model, DualEncoder)  # fp8 runs in no pipeline
         with full_products(self.model):
             loss = loss_alone(
                 self.model,
                 self.objective,
-                parts,
+                batch,
+                size,
                 group=self.world.data_group,
                 autocast=self._autocast,
             )

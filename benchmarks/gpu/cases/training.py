@@ -177,7 +177,8 @@ def _step(
         loss = forward_backward(
             model,
             objective,
-            [batch],
+            batch,
+            len(batch.keys),
             group=None,
             autocast=lambda: torch.autocast(kind, torch.bfloat16),
         )

@@ -40,7 +40,7 @@ SIGMOID = MoeConfig(
     bias_speed=0.05,
 )
 # Rounding moves a score by some 1e-6 here.
-_LEAST_MARGIN = 1e-4
+LEAST_MARGIN = 1e-4
 
 
 def decoder(moe: MoeConfig) -> Run:
@@ -58,11 +58,13 @@ def decoder(moe: MoeConfig) -> Run:
     def run(
         layout: DistributedConfig | None, world: World | None, variant: Variant, depth: int
     ) -> Step:
-        rows, group = _rows(), None
-        model: LaidOutDecoder = _model(replace(config, depth=depth))
+        rows, group = fixed_rows(), None
+        model: LaidOutDecoder = drawn(replace(config, depth=depth))
         assert isinstance(model, Decoder)
         if world is None or layout is None:
-            _check_margins(model, rows)
+            least = min(margins(model, rows))
+            if least < LEAST_MARGIN:
+                raise AssertionError(f"a router's choice rests on {least:.1e}; draw other tokens")
         else:
             model = apply_layout(model, layout, world)
             group = world.loss_group
@@ -84,7 +86,8 @@ def decoder(moe: MoeConfig) -> Run:
     return run
 
 
-def _model(config: DecoderConfig) -> Decoder:
+def drawn(config: DecoderConfig) -> Decoder:
+    """Weights so large that routers prefer experts."""
     generator = torch.Generator().manual_seed(11)
     made = build_decoder(config, vocab_size=VOCABULARY, generator=generator)
     with torch.no_grad():
@@ -93,26 +96,27 @@ def _model(config: DecoderConfig) -> Decoder:
     return made
 
 
-def _rows() -> PackedRows:
+def fixed_rows() -> PackedRows:
+    """The global batch."""
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(0, VOCABULARY, (len(OFFSETS), LENGTH), generator=generator)
     return PackedRows.of(tokens, OFFSETS)
 
 
-def _check_margins(model: Decoder, rows: PackedRows) -> None:
-    """Raise where the last chosen expert is hardly ahead of the first one left."""
+def margins(model: Decoder, rows: PackedRows) -> list[float]:
+    """The least distance, at each router, of the last chosen candidate to the first one left."""
+    found: list[float] = []
 
     def look(router: Router, given: tuple[Tensor, ...], _: Any) -> None:
         by = given[0].flatten(0, 1) @ router.weight.T
         if router.shape.score == "sigmoid":
-            by = by.sigmoid()
+            by = by.sigmoid() + (0 if router.bias is None else router.bias)
         top = by.topk(router.shape.k + 1).values
-        margin = float((top[:, -2] - top[:, -1]).min())
-        if margin < _LEAST_MARGIN:
-            raise AssertionError(f"a router's choice rests on {margin:.1e}; draw other tokens")
+        found.append(float((top[:, -2] - top[:, -1]).min()))
 
     hooks = [router.register_forward_hook(look) for router in model.routers()]
     with torch.no_grad():
         model(*rows[:3])
     for hook in hooks:
         hook.remove()
+    return found

@@ -74,7 +74,7 @@ def dual_encoder(config: DualEncoderConfig, kind: Literal["softmax", "sigmoid"])
         kept = Kept()
         with kept if variant == Variant() else nullcontext():
             loss = forward_backward(
-                model, objective, local.microbatches(micro), group=group, autocast=nullcontext
+                model, objective, local, micro, group=group, autocast=nullcontext
             )
         return measured(mean_over(loss, group), model, world, kept.num_bytes)
 

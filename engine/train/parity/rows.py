@@ -137,7 +137,6 @@ ROWS = (
         8,
         {"pp": 2, "tp": 2, "zero_stage": 3},
         schedules=("1F1B", "interleaved", "ZBV"),
-        columns=DUAL,
         variants=(_RECOMPUTE,),
     ),
 )

@@ -1,9 +1,7 @@
 """Started by torchrun: what the parity table leaves out of expert parallelism, against one process:
 capacity, processes without a token, the other dispatcher, logs and biases. Rank 0 writes them.
 
-Equal results need equal choices: where two experts are nearly tied at the edge of a token's choice,
-rounding decides. So every fixture's margins are measured in one process, and the test asks them to
-be many times the rounding of a score.
+Every fixture's margins are measured in one process, for the reason in engine/train/parity/decoder.
 """
 
 import importlib
@@ -13,37 +11,30 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from carillon.engine.data.packed_rows import PackedRows
-from carillon.engine.models.towers.decoder import Decoder, build_decoder
-from carillon.engine.models.towers.decoder_config import DecoderConfig, MoeConfig
-from carillon.engine.nn.router import Router
+from carillon.engine.models.towers.decoder import Decoder
+from carillon.engine.models.towers.decoder_config import DecoderConfig
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.collectives import gradient_norm, sum_over, whole
 from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of, lay_out
 from carillon.engine.parallel.parity import gradient_errors
 from carillon.engine.parallel.routers import finish_step
 from carillon.engine.train.language_step import language_forward_backward
+from carillon.engine.train.parity.decoder import (
+    LENGTH,
+    OFFSETS,
+    SIGMOID,
+    SOFTMAX,
+    drawn,
+    fixed_rows,
+    margins,
+)
 
-VOCABULARY, LENGTH = 48, 16
-OFFSETS = torch.tensor(
-    [[0, 5, 16, 16], [0, 16, 16, 16], [0, 8, 9, 16], [0, 1, 2, 16]] * 2, dtype=torch.int32
-)
-SOFTMAX = MoeConfig(num_experts=8, k=2, expert_width=16, balance_loss=0.05, z_loss=0.02)
-SIGMOID = MoeConfig(
-    num_experts=8,
-    k=3,
-    expert_width=16,
-    shared_experts=1,
-    score="sigmoid",
-    balance_loss=0.0,
-    bias_speed=0.05,
-)
+BIASED = replace(SIGMOID, balance_loss=0.0, dense_blocks=0)
 MODELS = {
     name: DecoderConfig(
         width=32,
@@ -57,9 +48,9 @@ MODELS = {
     )
     for name, moe in {
         "softmax capacity": replace(SOFTMAX, capacity_factor=1.0),
-        "sigmoid": SIGMOID,
-        "sigmoid capacity": replace(SIGMOID, capacity_factor=1.0, dense_blocks=1),
-        "crowded sigmoid": SIGMOID,
+        "sigmoid": BIASED,
+        "sigmoid capacity": replace(BIASED, capacity_factor=1.0, dense_blocks=1),
+        "crowded sigmoid": BIASED,
     }.items()
 }
 
@@ -83,51 +74,20 @@ def layouts(size: int) -> dict[str, DistributedConfig]:
 
 
 def model(name: str) -> Decoder:
-    """Weights large enough that routers prefer experts; crowded: all prefer the first few, so that
-    all but one process get no token.
-    """
-    config = MODELS[name]
-    crowded = name.startswith("crowded")
-    generator = torch.Generator().manual_seed(11)
-    made = build_decoder(config, vocab_size=VOCABULARY, generator=generator)
+    """Crowded: all tokens prefer the first few experts, so that all but one process get none."""
+    made = drawn(MODELS[name])
     with torch.no_grad():
-        for key, value in made.named_parameters():
-            value.mul_(1.0 if "norm" in key else 10.0 if "router" in key else 6.0)
-        for router in made.routers() if crowded else ():
+        for router in made.routers() if name.startswith("crowded") else ():
             assert router.bias is not None
             router.bias[: router.shape.k] = 2.0
     return made
-
-
-def batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(0, VOCABULARY, (len(OFFSETS), LENGTH), generator=generator), OFFSETS
-
-
-def margins(laid_out: Decoder) -> list[float]:
-    """The least distance, at each router, of the last chosen candidate to the first one left."""
-    found: list[float] = []
-
-    def look(router: Router, given: tuple[Tensor, ...], _: Any) -> None:
-        by = given[0].flatten(0, 1) @ router.weight.T
-        if router.bias is not None:
-            by = by.sigmoid() + router.bias
-        top = by.topk(router.shape.k + 1).values
-        found.append(float((top[:, -2] - top[:, -1]).min()))
-
-    hooks = [router.register_forward_hook(look) for router in laid_out.routers()]
-    with torch.no_grad():
-        laid_out(*PackedRows.of(*batch())[:3])
-    for hook in hooks:
-        hook.remove()
-    return found
 
 
 def step(
     laid_out: Decoder, num_micro: int, world: World | None
 ) -> tuple[float, dict[str, Tensor], dict[str, float], list[Tensor]]:
     """Global loss, whole gradients, what routers log and their biases after one step."""
-    rows = PackedRows.of(*batch())
+    rows = fixed_rows()
     group = None if world is None else world.loss_group
     num_processes = 1 if group is None else dist.get_world_size(group)
     if world is not None:
@@ -150,7 +110,7 @@ def main() -> None:
     size, rank = dist.get_world_size(), dist.get_rank()
     results = []
     for name in MODELS:
-        margin = min(margins(model(name)))
+        margin = min(margins(model(name), fixed_rows()))
         reference_loss, reference, logged, biases = step(model(name), 1, None)
         norm = torch.stack([g.norm() for g in reference.values()]).norm()
         for (layout, distributed), recompute in product(layouts(size).items(), (False, True)):

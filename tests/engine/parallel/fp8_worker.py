@@ -126,7 +126,9 @@ def two_steps(laid_out: DualEncoder, world: World | None) -> tuple[float, dict[s
     scaling = delayed_scaling(laid_out)
     for _ in range(2):
         laid_out.zero_grad()
-        loss = forward_backward(laid_out, objective, [local], group=group, autocast=nullcontext)
+        loss = forward_backward(
+            laid_out, objective, local, share, group=group, autocast=nullcontext
+        )
         if scaling is not None:
             all_processes = None if world is None else world.group
             scaling.end_step(partial(largest_over, group=all_processes), counts=True)

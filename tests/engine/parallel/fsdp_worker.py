@@ -78,7 +78,8 @@ def step(layout: DistributedConfig | None, world: World | None) -> dict[str, Any
         batch = batch.microbatches(len(batch.keys) // world.degrees.data)[world.data_rank]
     objective = ContrastiveObjective(ContrastiveConfig())
     with seen(model) as dtypes, Traffic() as traffic:
-        forward_backward(model, objective, [batch], group=group, autocast=AUTOCAST)
+        size = len(batch.keys)
+        forward_backward(model, objective, batch, size, group=group, autocast=AUTOCAST)
     gradients = [p.grad for p in model.parameters()]
     assert all(gradient is not None for gradient in gradients)
     flat = torch.cat([whole(g).flatten() for g in gradients if g is not None])

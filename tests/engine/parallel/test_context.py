@@ -1,12 +1,8 @@
 """Context parallelism: whole rows' attention and step from shares of them, and even work."""
 
-import json
-import subprocess
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +18,6 @@ from carillon.engine.parallel.parity import TOLERANCE_FP32
 from carillon.engine.parallel.zigzag import PackedRows, Zigzag
 from carillon.engine.train.run import RunConfig
 
-WORKER = Path(__file__).with_name("context_worker.py")
 # Partial results are rounded to bfloat16 once more than whole ones; independent roundings add up by
 # their squares.
 MORE_ROUNDING_BF16 = 2**0.5
@@ -32,18 +27,9 @@ MORE_ROUNDING_BF16 = 2**0.5
     ("world_size", "num_attention", "num_decoder"), [(2, 240, 30), (4, 180, 72)]
 )
 def test_shares_give_what_whole_rows_give(
-    tmp_path: Path, world_size: int, num_attention: int, num_decoder: int
+    run_worker: Callable[[str, int], Any], world_size: int, num_attention: int, num_decoder: int
 ) -> None:
-    out = tmp_path / "errors.json"
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    ran = subprocess.run(
-        [sys.executable, *launch, str(WORKER), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    results: dict[str, list[dict[str, Any]]] = json.loads(out.read_text())
+    results: dict[str, list[dict[str, Any]]] = run_worker("context_worker.py", world_size)
     attention, decoder = results["attention"], results["decoder"]
     assert (len(attention), len(decoder)) == (num_attention, num_decoder)
     exact = [r for r in attention if r["dtype"] == "torch.float32"]

@@ -1,34 +1,19 @@
 """Expert parallelism: the step of one process, to 1e-5 in fp32, with a share of experts each."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from carillon.engine.parallel.parity import TOLERANCE_FP32
-
-WORKER = Path(__file__).with_name("expert_worker.py")
-# Rounding moves a score by some 1e-6 here; a choice that rests on less could go either way.
-LEAST_MARGIN = 1e-4
+from carillon.engine.train.parity.decoder import LEAST_MARGIN
 
 
 @pytest.mark.parametrize(("world_size", "num_cases"), [(2, 24), (4, 40)])
 def test_expert_parallel_layouts_give_the_step_of_one_process(
-    tmp_path: Path, world_size: int, num_cases: int
+    run_worker: Callable[[str, int], Any], world_size: int, num_cases: int
 ) -> None:
-    out = tmp_path / "errors.json"
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    ran = subprocess.run(
-        [sys.executable, *launch, str(WORKER), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    results: list[dict[str, Any]] = json.loads(out.read_text())
+    results: list[dict[str, Any]] = run_worker("expert_worker.py", world_size)
     assert len(results) == num_cases
     assert min(r["margin"] for r in results) > LEAST_MARGIN
     errors = ("gradient_error", "loss_error", "norm_error", "log_error")

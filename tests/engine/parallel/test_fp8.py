@@ -1,29 +1,16 @@
 """8-bit products in layouts follow those of one process, in bounds of what their roundings are."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-WORKER = Path(__file__).with_name("fp8_worker.py")
 RECIPES = ["tensorwise", "rowwise", "blockwise", "delayed"]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("fp8") / "found.json"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ran = subprocess.run(
-        [sys.executable, *launch, str(WORKER), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return dict(json.loads(out.read_text()))
+def found(run_worker: Callable[[str, int], Any]) -> dict[str, Any]:
+    return dict(run_worker("fp8_worker.py", 2))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

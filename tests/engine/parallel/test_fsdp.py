@@ -1,9 +1,6 @@
 """FSDP's policies: what weights are gathered in, what gradients are summed in, what stays fp32."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,18 +8,12 @@ import pytest
 from carillon.engine.config import UserError, build
 from carillon.engine.parallel.mesh import DistributedConfig
 
-WORKER = Path(__file__).with_name("fsdp_worker.py")
 BF16_ROUNDING = 2.0**-9  # half a unit in the last place, relative
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("fsdp") / "results.json"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *launch, str(WORKER), str(out)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return dict(json.loads(out.read_text()))
+def cases(run_worker: Callable[[str, int], Any]) -> dict[str, Any]:
+    return dict(run_worker("fsdp_worker.py", 2))
 
 
 @pytest.mark.parametrize("name", ["gather bf16", "gather and reduce bf16"])

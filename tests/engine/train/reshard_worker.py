@@ -89,7 +89,7 @@ class Replica:
         local = batch(step).microbatches(share)[self.world.data_rank]
         group = self.world.data_group
         loss = forward_backward(
-            self.model, self.objective, [local], group=group, autocast=nullcontext
+            self.model, self.objective, local, share, group=group, autocast=nullcontext
         ).clone()
         norm = gradient_norm(self.model.parameters())
         for parameters in by_mesh(self.model.parameters()):
