@@ -12,7 +12,7 @@ from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig, divisors
 from carillon.engine.models.towers.dual_encoder import DualEncoder, DualEncoderConfig
-from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.pipeline_split import split_problems
 from carillon.engine.parallel.plan import Plan, Split
 from carillon.engine.parallel.zigzag import either, nearest, row_length_errors

@@ -18,11 +18,12 @@ from carillon.engine.models.plans import decoder_problems, plan_of
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8_layers import to_fp8
+from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.context import share_context
 from carillon.engine.parallel.expert import split_experts
 from carillon.engine.parallel.fp8 import split_fp8
 from carillon.engine.parallel.fsdp import shard_over_data
-from carillon.engine.parallel.mesh import DistributedConfig, World
+from carillon.engine.parallel.mesh import World
 from carillon.engine.parallel.pipelined_decoder import PipelinedDecoder
 from carillon.engine.parallel.pipelined_dual_encoder import PipelinedDualEncoder
 from carillon.engine.parallel.tensor import overlap_exchange, split_tensors

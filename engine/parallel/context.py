@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from carillon.engine.nn.packed_self_attention import PackedSelfAttention
 from carillon.engine.nn.router import Router
 from carillon.engine.parallel.collectives import exchange_blocks, sum_over
+from carillon.engine.parallel.config import ContextMethod
 from carillon.engine.parallel.context_keys import AttentionByKeys, How
-from carillon.engine.parallel.mesh import ContextMethod
 from carillon.engine.parallel.ring import Ring
 from carillon.engine.parallel.zigzag import Zigzag
 from carillon.kernels.table import resolve

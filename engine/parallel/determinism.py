@@ -22,7 +22,7 @@ import torch
 from carillon.engine.config import UserError
 
 if TYPE_CHECKING:
-    from carillon.engine.parallel.mesh import DistributedConfig
+    from carillon.engine.parallel.config import DistributedConfig
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _WORKSPACES = (":4096:8", ":16:8")  # those that cuBLAS documents as reproducible

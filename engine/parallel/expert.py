@@ -35,8 +35,9 @@ from carillon.engine.parallel.collectives import (
     sum_gradients,
     sum_shares,
 )
+from carillon.engine.parallel.config import Dispatcher
 from carillon.engine.parallel.expert_buffers import BufferDispatch
-from carillon.engine.parallel.mesh import Dispatcher, World
+from carillon.engine.parallel.mesh import World
 from carillon.kernels.table import resolve
 
 _HIDDEN_DIM = {"gate_up": 2, "down": 1}  # of (X, D, 2F) and (X, F, D)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from carillon.engine.nn.moe import ALIGNMENT, Experts, Plan, Slots
-from carillon.engine.parallel.mesh import DEEPEP
+from carillon.engine.parallel.config import DEEPEP
 from carillon.kernels.table import resolve
 
 _BYTES = 2  # of a bfloat16

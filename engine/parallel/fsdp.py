@@ -24,8 +24,9 @@ from torch.distributed.fsdp import (
 )
 
 from carillon.engine.nn.router import Router
+from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.expert import expert_units, placing
-from carillon.engine.parallel.mesh import DistributedConfig, World
+from carillon.engine.parallel.mesh import World
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -27,7 +27,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.pipeline_split import (
     is_looped,
     num_stages,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.parallel.config import DistributedConfig
 
 INTERLEAVED = ("interleaved1f1b", "interleaved_zero_bubble")  # these take whole rounds
 

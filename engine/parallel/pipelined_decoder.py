@@ -22,7 +22,7 @@ from carillon.engine.losses.language import SplitVocabulary, language_loss
 from carillon.engine.models.towers.decoder import Decoder, routers
 from carillon.engine.models.towers.decoder_stages import decoder_pieces
 from carillon.engine.nn.router import Router
-from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.pipeline import Pipeline, Shapes, from_last_stage
 from carillon.engine.parallel.pipeline_split import split_of, stages_of
 

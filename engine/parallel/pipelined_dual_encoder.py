@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from carillon.engine.data.loader import Batch
 from carillon.engine.models.towers.dual_encoder import MAX_LOGIT_SCALE, DualEncoder
 from carillon.engine.models.towers.stages import ScalePiece, TextPiece, VisionPiece, pieces
-from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.pipeline import Pipeline, Shapes, from_last_stage
 from carillon.engine.parallel.pipeline_split import split_of, stages_of
 

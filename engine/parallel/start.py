@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from carillon.engine.config import UserError
 from carillon.engine.log import logger
-from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of, lay_out
+from carillon.engine.parallel.config import DistributedConfig
+from carillon.engine.parallel.mesh import World, degrees_of, lay_out
 
 _EXIT_USER_ERROR = 2
 _MOST_NAMED = 5  # settings that differ

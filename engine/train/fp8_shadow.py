@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from carillon.engine.parallel.mesh import Fp8ShadowConfig
+from carillon.engine.parallel.config import Fp8ShadowConfig
 from carillon.engine.train.guard import TrainingStopped
 
 

@@ -48,7 +48,7 @@ from carillon.engine.models.towers.dual_encoder import (
     build_dual_encoder,
 )
 from carillon.engine.nn.fp8 import UNIT as FP8_UNIT
-from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.pipeline_split import split_problems
 from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints, write_durably
 from carillon.engine.train.checkpoint_reader import read_tensors

@@ -32,7 +32,8 @@ from carillon.engine.models.towers.dual_encoder import (
 )
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.collectives import gradient_norm
-from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of
+from carillon.engine.parallel.config import DistributedConfig
+from carillon.engine.parallel.mesh import World, degrees_of
 from carillon.engine.train.optim import NamedAdamW, OptimizationConfig
 from carillon.engine.train.step import forward_backward
 from carillon.kernels.roofline import Cost

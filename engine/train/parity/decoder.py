@@ -18,7 +18,8 @@ from carillon.engine.models.towers.decoder import Decoder, build_decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig, MoeConfig
 from carillon.engine.nn.router import Router
 from carillon.engine.parallel.apply import LaidOutDecoder, apply_layout
-from carillon.engine.parallel.mesh import DistributedConfig, World
+from carillon.engine.parallel.config import DistributedConfig
+from carillon.engine.parallel.mesh import World
 from carillon.engine.parallel.pipeline_split import microbatch_size
 from carillon.engine.parallel.zigzag import Zigzag
 from carillon.engine.train.language_step import language_forward_backward

@@ -18,7 +18,8 @@ from carillon.engine.models.towers.dual_encoder import (
     build_dual_encoder,
 )
 from carillon.engine.parallel.apply import LaidOut, apply_layout
-from carillon.engine.parallel.mesh import DistributedConfig, World
+from carillon.engine.parallel.config import DistributedConfig
+from carillon.engine.parallel.mesh import World
 from carillon.engine.parallel.pipeline_split import microbatch_size
 from carillon.engine.train.parity.step import Kept, Run, Step, Variant, mean_over, measured
 from carillon.engine.train.step import forward_backward

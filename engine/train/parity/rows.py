@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.train.parity.columns import COLUMNS, DECODERS, DUAL_ENCODERS
 from carillon.engine.train.parity.step import Variant
 

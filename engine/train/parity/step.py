@@ -14,7 +14,8 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from carillon.engine.parallel.collectives import gradient_norm, sum_over, whole
-from carillon.engine.parallel.mesh import DistributedConfig, World
+from carillon.engine.parallel.config import DistributedConfig
+from carillon.engine.parallel.mesh import World
 from carillon.engine.parallel.pipeline import gather_named
 from carillon.engine.parallel.pipelined_decoder import PipelinedDecoder
 from carillon.engine.parallel.pipelined_dual_encoder import PipelinedDualEncoder

@@ -9,8 +9,9 @@ from torch import nn
 from carillon.engine.config import UserError, build
 from carillon.engine.models.plans import decoder_problems
 from carillon.engine.models.towers.decoder_config import DecoderConfig, MoeConfig
+from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.expert import shard_of
-from carillon.engine.parallel.mesh import DistributedConfig, degrees_of
+from carillon.engine.parallel.mesh import degrees_of
 from carillon.engine.train.run import RunConfig
 
 MIXED = DecoderConfig(

@@ -14,7 +14,8 @@ from carillon.engine.losses.language import SplitVocabulary, counted, language_l
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.collectives import sum_over, whole
-from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of, lay_out
+from carillon.engine.parallel.config import DistributedConfig
+from carillon.engine.parallel.mesh import World, degrees_of, lay_out
 from carillon.engine.parallel.parity import gradient_errors
 from carillon.engine.parallel.zigzag import Zigzag
 

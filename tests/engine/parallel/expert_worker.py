@@ -20,7 +20,8 @@ from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.collectives import gradient_norm, sum_over, whole
-from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of, lay_out
+from carillon.engine.parallel.config import DistributedConfig
+from carillon.engine.parallel.mesh import World, degrees_of, lay_out
 from carillon.engine.parallel.parity import gradient_errors
 from carillon.engine.parallel.routers import finish_step
 from carillon.engine.train.language_step import language_forward_backward

@@ -24,8 +24,9 @@ from carillon.engine.models.towers.dual_encoder import DualEncoder, build_dual_e
 from carillon.engine.nn.fp8_layers import delayed_scaling, full_products, to_fp8
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.collectives import largest_over, sum_over, whole
+from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.fp8 import split_fp8
-from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of, lay_out
+from carillon.engine.parallel.mesh import World, degrees_of, lay_out
 from carillon.engine.parallel.parity import gradient_errors
 from carillon.engine.parallel.plan import Split
 from carillon.engine.parallel.tensor import split_tensors

@@ -17,7 +17,8 @@ from carillon.engine.losses.contrastive import ContrastiveConfig, ContrastiveObj
 from carillon.engine.models.towers.dual_encoder import build_dual_encoder
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.collectives import whole
-from carillon.engine.parallel.mesh import DistributedConfig, World, degrees_of, lay_out
+from carillon.engine.parallel.config import DistributedConfig
+from carillon.engine.parallel.mesh import World, degrees_of, lay_out
 from carillon.engine.train.parity.dual_encoder import CLIP, pairs
 from carillon.engine.train.step import forward_backward
 

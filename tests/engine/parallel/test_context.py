@@ -12,8 +12,8 @@ from torch import Tensor
 from carillon.engine.config import UserError, build
 from carillon.engine.models.plans import decoder_problems
 from carillon.engine.models.towers.decoder_config import DecoderConfig, MoeConfig
+from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.context_keys import Call, ring_call, whole_calls
-from carillon.engine.parallel.mesh import DistributedConfig
 from carillon.engine.parallel.parity import TOLERANCE_FP32
 from carillon.engine.parallel.zigzag import PackedRows, Zigzag
 from carillon.engine.train.run import RunConfig

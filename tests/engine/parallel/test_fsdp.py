@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from carillon.engine.config import UserError, build
-from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.parallel.config import DistributedConfig
 
 BF16_ROUNDING = 2.0**-9  # half a unit in the last place, relative
 

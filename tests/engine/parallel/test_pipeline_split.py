@@ -7,7 +7,7 @@ import pytest
 
 from carillon.engine.models.plans import decoder_problems
 from carillon.engine.models.towers.decoder_config import DecoderConfig
-from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.pipeline_split import (
     balanced_split,
     microbatch_size,

@@ -24,7 +24,7 @@ from carillon.engine.models.encoders.vision import VisionOverrides
 from carillon.engine.models.towers.dual_encoder import DualEncoderConfig, build_dual_encoder
 from carillon.engine.parallel.apply import apply_layout
 from carillon.engine.parallel.collectives import by_mesh, gradient_norm, whole
-from carillon.engine.parallel.mesh import DistributedConfig
+from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.start import start_world
 from carillon.engine.train.checkpoint import Checkpoint, CheckpointStore
 from carillon.engine.train.checkpoint_reader import read_tensors

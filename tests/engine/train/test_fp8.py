@@ -12,7 +12,7 @@ import torch
 
 from carillon.engine.config import UserError
 from carillon.engine.nn import fp8_layers
-from carillon.engine.parallel.mesh import Fp8ShadowConfig
+from carillon.engine.parallel.config import Fp8ShadowConfig
 from carillon.engine.train.fp8_shadow import Fp8Shadow
 from carillon.engine.train.guard import TrainingStopped
 from carillon.engine.train.run import load_config, load_run
