@@ -113,7 +113,8 @@ def problems() -> Iterator[tuple[str, Sequence[float], Costs]]:
     _, lengths = tokenizer.encode(texts, CONTEXT)
     text = [float(model.text.flops(length)) for length in lengths.tolist()]
     pictures = [
-        float(model.vision.transformer.flops(tokens, pooled=True)) for tokens in picture_tokens()
+        float(sum(model.vision.transformer.costs(tokens, pooled=True)))
+        for tokens in picture_tokens()
     ]
     yield "packed rows of a decoder", packed_row_costs(tokenizer), list
     yield "pictures of their own sizes", pictures, list
