@@ -7,7 +7,7 @@ import pytest
 
 from carillon.engine.config import UserError
 from carillon.engine.train.launch import check_layout
-from carillon.engine.train.run import load_config
+from carillon.engine.train.run_config import load_config
 
 Setup = Any  # conftest's
 RUN = (
