@@ -76,7 +76,7 @@ class DecoderTask:
 
     def forward_backward(self, batch: CaptionRows) -> Tensor:
         rows = self._share(batch)
-        num = len(rows.tokens) // self._microbatch_size(rows)
+        num = len(rows.tokens) // self._microbatch_size(len(rows.tokens))
         return language_forward_backward(
             self.model, rows, num, world=self._world, autocast=self._autocast
         )
@@ -84,7 +84,7 @@ class DecoderTask:
     def loss_alone(self, batch: CaptionRows) -> Tensor:
         assert isinstance(self.model, Decoder)  # fp8 runs in no pipeline
         rows = self._share(batch)
-        num = len(rows.tokens) // self._microbatch_size(rows)
+        num = len(rows.tokens) // self._microbatch_size(len(rows.tokens))
         return language_loss_alone(
             self.model, rows, num, world=self._world, autocast=self._autocast
         )
@@ -109,9 +109,9 @@ class DecoderTask:
         model = new_decoder(config, self._tokenizer.vocab_size)
         model.to(self._world.device)
         model.load_state_dict(dict(weights), strict=False)  # tallies of routers are no weights
-        size = min(config.evaluation.batch_size, len(rows.tokens))
+        share = config.data.batch_size // self._world.degrees.data
         total, num_tokens = 0.0, int(counted(rows.labels))
-        for part in rows.split(size):
+        for part in rows.split(self._microbatch_size(share)):  # what memory has held already
             self._before_batch()
             part = PackedRows(*(x.to(self._world.device) for x in part))
             mean = language_loss_alone(model, part, 1, world=None, autocast=self._autocast)
@@ -127,9 +127,10 @@ class DecoderTask:
             return batch.rows
         return Zigzag(context.size(), context.get_local_rank()).share_of(batch.rows)
 
-    def _microbatch_size(self, rows: PackedRows) -> int:
+    def _microbatch_size(self, share: int) -> int:
+        """Rows of a microbatch, of so many that a process has."""
         config = self._config
-        return microbatch_size(config.distributed, config.data.micro_batch_size, len(rows.tokens))
+        return microbatch_size(config.distributed, config.data.micro_batch_size, share)
 
     def _autocast(self) -> AbstractContextManager[None]:
         return autocast_of(self._config.distributed, self._world)

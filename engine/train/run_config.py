@@ -200,7 +200,8 @@ def _unused_by_a_decoder(config: RunConfig) -> Iterator[str]:
         if getattr(config.evaluation, name):
             yield f"evaluation.{name}"
     yield from (
-        f"evaluation.{name}" for name in changed(config.evaluation, "bootstrap_samples", "seed")
+        f"evaluation.{name}"
+        for name in changed(config.evaluation, "bootstrap_samples", "batch_size", "seed")
     )
     yield from (
         f"evaluation.in_training.{name}"
