@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from carillon.engine.data.loader import TrainingLoader
-from carillon.engine.data.positioned import PositionedBatch
+from carillon.engine.data.positioned import B
 from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.mesh import World
 from carillon.engine.train.profile import Work
-
-B = TypeVar("B", bound=PositionedBatch)
 
 
 class Score(NamedTuple):

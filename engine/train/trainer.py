@@ -25,6 +25,7 @@ from torch import Tensor
 
 from carillon.engine.config import UserError, config_hash
 from carillon.engine.data.order import stable_hash
+from carillon.engine.data.positioned import B
 from carillon.engine.log import Progress, Sink, cut_jsonl, logger
 from carillon.engine.nn.fp8_layers import delayed_scaling, full_products
 from carillon.engine.parallel.collectives import (
@@ -45,7 +46,7 @@ from carillon.engine.train.optim import NamedAdamW, WeightAverage, learning_rate
 from carillon.engine.train.profile import GlobalWork, Throughput, Work, peak_flops
 from carillon.engine.train.run_config import RunConfig
 from carillon.engine.train.stop import StopAsked, StopRequest
-from carillon.engine.train.task import B, Task
+from carillon.engine.train.task import Task
 
 # Called on the main rank once a checkpoint is complete, with the numbers of its step.
 OnCheckpoint = Callable[[Checkpoint, Mapping[str, float]], None]
