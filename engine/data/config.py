@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from carillon.engine.config import section, setting
+from carillon.engine.config import changed, section, setting
 from carillon.engine.data.tokenizer import TokenizerConfig
 from carillon.engine.data.transforms import ImageAugmentConfig
 
@@ -50,6 +50,28 @@ class FilterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShuffleConfig:
+    """`data.shuffle`: how far apart in the set the rows of a batch lie."""
+
+    block_rows: int | None = setting(
+        None,
+        "Rows that lie together and are read about the same time; none: over the whole set.",
+        min=1,
+        max=1_000_000_000,
+    )
+    window_blocks: int = setting(
+        64, "Blocks whose rows are shuffled together.", min=1, max=1_000_000
+    )
+
+    def check(self) -> Iterator[str]:
+        if self.block_rows is None and changed(self, "window_blocks"):
+            yield (
+                f"window_blocks: {self.window_blocks} given, but block_rows is none: rows are "
+                "shuffled over the whole set; set block_rows, or drop it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """`data`: what is read and how it becomes batches."""
 
@@ -73,6 +95,7 @@ class DataConfig:
         min=1,
         max=MAX_BATCH_SIZE,
     )
+    shuffle: ShuffleConfig = section(ShuffleConfig)
     documents_per_row: int = setting(
         16,
         "Captions in a decoder's row; what goes past its end is left out, the rest is padding.",

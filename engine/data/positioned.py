@@ -1,6 +1,6 @@
 """A global position to a training sample, as a pure function, and what stands in for a bad one.
 
-Row by `SampleOrder`, caption and augmentation by a generator keyed with the position. A bad sample
+Row by the order, caption and augmentation by a generator keyed with the position. A bad sample
 is replaced by a drawn one, reported with its key and reason, and counted. A sound one without a
 caption that the settings allow is filtered: replaced the same way, counted apart, and no fault.
 Trade-off: nothing lists the rows that qualify, so start-up stays independent of their number, and a
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from carillon.engine.config import UserError
 from carillon.engine.data.config import DataConfig
-from carillon.engine.data.order import HeldOut, SampleOrder
+from carillon.engine.data.order import BlockOrder, HeldOut, SampleOrder
 from carillon.engine.data.shards import Dataset as Opened
 from carillon.engine.data.shards import RawSample, SampleError, Split, open_dataset
 
@@ -95,7 +95,10 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
     def __init__(self, split: Split, config: DataConfig, seed: int) -> None:
         self.split, self.config, self.seed = split, config, seed
         self.held_out = HeldOut(len(split), config.validation_every)
-        self.order = SampleOrder(self.held_out.num_training, seed)
+        num, block = self.held_out.num_training, config.shuffle.block_rows
+        self.order: SampleOrder | BlockOrder = SampleOrder(num, seed)
+        if block is not None:
+            self.order = BlockOrder(num, seed, block=block, window=config.shuffle.window_blocks)
 
     @property
     @abstractmethod

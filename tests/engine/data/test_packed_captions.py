@@ -71,6 +71,15 @@ def test_any_ranks_and_groupings_give_the_same_rows(tmp_path: Path) -> None:
             assert torch.equal(tokens, together.rows.tokens[start : start + 4])
 
 
+def test_blocks_keep_what_a_batch_reads_together(tmp_path: Path) -> None:
+    shuffle = {"block_rows": 6, "window_blocks": 1}
+    samples = rows_of(tmp_path / "set", shuffle=shuffle)
+    for start in range(0, 10, 2):  # two rows of three captions make a window
+        numbers = sorted(int(key[3:]) for key in samples.batch([start, start + 1]).keys)
+        turned = sorted((number + 15) % 30 for number in numbers)
+        assert min(one[-1] - one[0] for one in (numbers, turned)) == 5
+
+
 def test_an_epoch_reads_every_training_row_once_and_no_other(tmp_path: Path) -> None:
     samples = rows_of(tmp_path / "set", validation_every=5)
     assert samples.num_per_epoch == 8  # 24 of 30 captions, 3 a row
