@@ -1,11 +1,11 @@
 """Checkpoints: written by every process at once, asynchronous, whole or absent.
 
 A save stages tensors on the CPU, writes and syncs them in the background under a temporary name,
-adds `state.json` and a manifest of SHA-256, and renames the folder: what bears a final name is
-complete. Reading (checkpoint_reader.py) verifies the manifest before anything is opened. The
-tensors go through torch.distributed.checkpoint in one of three forms (checkpoint_forms.py);
-everything else is JSON. At most one save is in flight, so host memory stays
-bounded by one copy.
+adds `state.json` and a manifest of SHA-256, and renames the folder (checkpoint_seal.py): what bears
+a final name is complete, or was damaged since. Reading (checkpoint_reader.py) verifies the
+manifest, and that no other file is there, before anything is opened. The tensors go through
+torch.distributed.checkpoint in one of three forms (checkpoint_forms.py); everything else is JSON.
+At most one save is in flight, so host memory stays bounded by one copy.
 Status: staging from CUDA tensors has not run on a GPU yet.
 """
 
@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -31,15 +31,19 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from carillon.engine.access import explained
 from carillon.engine.config import UserError
 from carillon.engine.train.checkpoint_metadata import expect_one_process, root_cause
+from carillon.engine.train.checkpoint_seal import (
+    MANIFEST,
+    STATE,
+    clear_leftovers,
+    file_sha256,
+    seal,
+)
 from carillon.engine.train.checkpoint_writer import storage_writer
-
-MANIFEST = "manifest.json"
-STATE = "state.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A checkpoint on disk, under its final name."""
 
     path: Path
     step: int
@@ -51,23 +55,54 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        return _read_json(self.path, STATE)
+        state = _read_json(self.path, STATE)
+        if type(state.get("step")) is not int or state["step"] < 0:
+            raise UserError(_damaged(self.path, STATE, "not what was written, at step"))
+        return state
 
     def verify(self) -> None:
-        """Raises UserError naming the first file that is missing or not what was written."""
+        """Raises UserError naming the first file that is missing, not what was written, or not in
+        the manifest."""
         files = _read_json(self.path, MANIFEST).get("files")
         if not isinstance(files, dict) or STATE not in files or len(files) < 2:
             raise UserError(_damaged(self.path, MANIFEST, "not a manifest of a checkpoint"))
-        for name, entry in files.items():
-            if not _is_entry(entry) or not _is_inside(name):
-                raise UserError(_damaged(self.path, MANIFEST, f"not what was written, at {name}"))
-            file = self.path / name
-            if not file.is_file() or file.stat().st_size != entry["size_bytes"]:
-                raise UserError(_damaged(self.path, name, "missing or cut short"))
-            if _sha256(file) != entry["sha256"]:
-                raise UserError(
-                    _damaged(self.path, name, "not what was written (its SHA-256 is another)")
-                )
+        try:
+            for name in _names_in(self.path):
+                if name not in files and name != MANIFEST:
+                    raise UserError(
+                        f"checkpoint {self.path} holds {name}, which is not in its "
+                        f"{MANIFEST}: nothing says what it is. Move it out of that folder"
+                    )
+            for name, entry in files.items():
+                self._verify_file(name, entry)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self.path} cannot be read: {explained(error)}"
+            ) from None
+
+    def _verify_file(self, name: str, entry: Any) -> None:
+        if not _is_entry(entry) or not _is_inside(name):
+            raise UserError(_damaged(self.path, MANIFEST, f"not what was written, at {name}"))
+        file = self.path / name
+        if not file.is_file() or file.stat().st_size != entry["size_bytes"]:
+            raise UserError(_damaged(self.path, name, "missing or cut short"))
+        if file_sha256(file) != entry["sha256"]:
+            raise UserError(
+                _damaged(self.path, name, "not what was written (its SHA-256 is another)")
+            )
+
+
+def _names_in(folder: Path) -> Iterator[str]:
+    """Of everything in a folder but the folders in it; a link is what it is, not what it leads
+    to."""
+    for place, folders, files in os.walk(folder, onerror=_raise):
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        for name in sorted(links + files):
+            yield (Path(place) / name).relative_to(folder).as_posix()
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _is_inside(name: str) -> bool:
@@ -87,7 +122,7 @@ def _is_entry(entry: object) -> bool:
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads((folder / name).read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         value = None
     except OSError as error:
         raise UserError(f"{folder / name} cannot be read: {explained(error)}") from None
@@ -104,10 +139,10 @@ def _damaged(path: Path, name: str, why: str) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Complete checkpoints, oldest first."""
+    """What bears a checkpoint's final name, oldest first; `verify` tells what was damaged since."""
     named = [p for p in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", p.name)]
-    found = [p for p in named if (p / MANIFEST).is_file()]
-    return [Checkpoint(path=p, step=int(p.name.split("-")[1])) for p in sorted(found)]
+    found = [Checkpoint(path=p, step=int(p.name.removeprefix("step-"))) for p in named]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 class CheckpointStore:
@@ -126,7 +161,7 @@ class CheckpointStore:
         if is_main:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                _clear_leftovers(folder)
+                clear_leftovers(folder)
             except OSError as error:
                 refusal = [f"checkpoints cannot be kept in {folder}: {explained(error)}"]
         if self._group is not None:
@@ -193,65 +228,11 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def _remove_old(self) -> None:
-        done = list_checkpoints(self.folder)
+        # What has no manifest is not ours to remove.
+        done = [c for c in list_checkpoints(self.folder) if (c.path / MANIFEST).is_file()]
         for checkpoint in done[: -self.keep_last]:
             if checkpoint.step not in self._kept:
                 # Renamed first: a kill in the middle of the removal leaves no half checkpoint.
                 doomed = checkpoint.path.with_suffix(".tmp")
                 checkpoint.path.rename(doomed)
                 shutil.rmtree(doomed)
-
-
-def _clear_leftovers(folder: Path) -> None:
-    """Remove what a kill left behind; a whole checkpoint caught in mid-replacement comes back."""
-    for replaced in folder.glob("*.old.tmp"):
-        final = replaced.with_suffix("").with_suffix("")
-        if not final.exists() and (replaced / MANIFEST).is_file():
-            replaced.rename(final)
-    for leftover in folder.glob("*.tmp"):
-        shutil.rmtree(leftover)
-
-
-def seal(temporary: Path, state: dict[str, Any]) -> None:
-    """Add state and manifest, sync everything, and take the `.tmp` from the folder's name.
-
-    Files that another process wrote are synced there too: a machine holds back its own writes.
-    """
-    write_durably(temporary / STATE, json.dumps(state, indent=2).encode())
-    files: dict[str, dict[str, object]] = {}
-    for path in sorted(temporary.rglob("*")):
-        _sync(path)
-        if path.is_file():
-            name, size_bytes = path.relative_to(temporary).as_posix(), path.stat().st_size
-            files[name] = {"sha256": _sha256(path), "size_bytes": size_bytes}
-    write_durably(temporary / MANIFEST, json.dumps({"files": files}, indent=2).encode())
-    _sync(temporary)
-    final = temporary.with_suffix("")
-    if final.exists():  # the same step again, after a resume from before it
-        # Renamed first: a kill in the middle of the removal leaves no half checkpoint.
-        final.rename(final.with_suffix(".old.tmp"))
-    temporary.rename(final)
-    _sync(final.parent)
-    shutil.rmtree(final.with_suffix(".old.tmp"), ignore_errors=True)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write and fsync a file."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Have a file or a folder on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import shutil
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from carillon.engine.train.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ EXAMPLES = """examples:
   carillon checkpoint convert RUN --to torch_dist --out iter_0001000
 """
 _SHARD_GB = 5.0
+_LARGEST_SHARD_GB = 1_000_000
 _FORMS = ("dcp", "safetensors", "zarr", "torch_dist")  # checkpoint_forms' too, which imports torch
 
 
@@ -55,12 +57,15 @@ def main(args: argparse.Namespace) -> int:
     """Raises UserError for a path that is no checkpoint, and for a damaged one."""
     if args.action == "verify":
         return _verify(args.checkpoint)
-    checkpoint = _find(args.checkpoint)[-1]
+    checkpoint, step = _find(args.checkpoint)[-1], 0
+    if args.action == "convert":  # before the files are compared, which may take long
+        _check_convert(checkpoint, args)
     if not _is_foreign(checkpoint.path):
         checkpoint.verify()
+        step = int(checkpoint.state["step"])
     from carillon.engine.train.checkpoint_forms import open_tensors
 
-    source = open_tensors(checkpoint.path, checkpoint.step)
+    source = open_tensors(checkpoint.path, step)
     if args.action == "inspect":
         _inspect(checkpoint, source, tensors=args.tensors)
     else:
@@ -70,23 +75,21 @@ def main(args: argparse.Namespace) -> int:
 
 def _is_foreign(path: Path) -> bool:
     """Whether Megatron-Core wrote the folder: it has no manifest to verify it by."""
-    from carillon.engine.train.checkpoint import MANIFEST
     from carillon.engine.train.checkpoint_megatron import is_torch_dist
+    from carillon.engine.train.checkpoint_seal import MANIFEST
 
     return is_torch_dist(path) and not (path / MANIFEST).is_file()
 
 
 def _find(given: str) -> list[Checkpoint]:
-    """The checkpoint of a folder, or all of a run, oldest first."""
+    """The checkpoint of a folder, its step not read yet, or all of a run, oldest first."""
     from carillon.engine.config import UserError
-    from carillon.engine.train.checkpoint import MANIFEST, Checkpoint, list_checkpoints
+    from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints
+    from carillon.engine.train.checkpoint_seal import MANIFEST
     from carillon.engine.train.run import find_run
 
     path = Path(given)
-    if (path / MANIFEST).is_file():
-        one = Checkpoint(path=path, step=0)
-        return [Checkpoint(path=path, step=int(one.state.get("step", 0)))]
-    if _is_foreign(path):
+    if (path / MANIFEST).is_file() or _is_foreign(path):
         return [Checkpoint(path=path, step=0)]
     if path.is_dir() and not (path / "config.yaml").is_file():
         raise UserError(f"{path} is no checkpoint: it has no {MANIFEST}, and it is no run")
@@ -134,30 +137,55 @@ def _inspect(checkpoint: Checkpoint, source: TensorSource, *, tensors: bool) -> 
             print(f"  {name}  {shape}  {str(entry.dtype).removeprefix('torch.')}")
 
 
+def _check_convert(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Raises UserError for a size that is none, and for a place that is taken or in a checkpoint:
+    what is put there would be a file that its manifest does not name."""
+    from carillon.engine.config import UserError
+    from carillon.engine.train.checkpoint_seal import MANIFEST, STATE
+
+    if not 0 < args.shard_gb <= _LARGEST_SHARD_GB:
+        raise UserError(
+            f"--shard-gb {args.shard_gb:g} given; more than 0 and at most {_LARGEST_SHARD_GB:,} "
+            "is allowed"
+        )
+    if os.path.lexists(args.out):
+        raise UserError(f"--out: {args.out} exists; give another place, or remove it")
+    source, parent = checkpoint.path.resolve(), args.out.absolute().parent.resolve()
+    for folder in (parent, *parent.parents):
+        if folder == source or all((folder / name).is_file() for name in (MANIFEST, STATE)):
+            raise UserError(f"--out: {args.out} is in the checkpoint {folder}; give another place")
+
+
 def _convert(checkpoint: Checkpoint, source: TensorSource, args: argparse.Namespace) -> None:
     from carillon.engine.access import explained
     from carillon.engine.config import UserError
-    from carillon.engine.data.publish import check_target
-    from carillon.engine.train.checkpoint import seal
+    from carillon.engine.train.checkpoint_seal import complete, sync
     from carillon.engine.train.checkpoint_writer import write_tensors
 
     out: Path = args.out.absolute()
-    if not args.shard_gb > 0:
-        raise UserError(f"--shard-gb {args.shard_gb:g} given; more than 0 is allowed")
+    state: dict[str, Any] = {"step": source.step, "converted_from": "torch_dist"}
+    if not _is_foreign(checkpoint.path):
+        state = checkpoint.state | {"converted_from": checkpoint.content_hash}
     names = _weights(source) if args.weights else {name: name for name in source.entries}
-    check_target(out, "checkpoint", lambda _: False, overwrite=False)
-    partial = out.with_name(f"{out.name}.tmp")
     try:
-        partial.mkdir(parents=True)
-        write_tensors(args.to, partial, source, names, int(args.shard_gb * 1e9))
-        if _is_foreign(checkpoint.path):
-            seal(partial, {"step": source.step, "converted_from": "torch_dist"})
-        else:
-            seal(partial, checkpoint.state | {"converted_from": checkpoint.content_hash})
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # A folder that only this process knows; the one in it has the user's own rights.
+        with tempfile.TemporaryDirectory(
+            prefix=".convert-", dir=out.parent, ignore_cleanup_errors=True
+        ) as own:
+            partial = Path(own) / "checkpoint"
+            partial.mkdir()
+            write_tensors(args.to, partial, source, names, int(args.shard_gb * 1e9))
+            complete(partial, state)
+            partial.rename(out)  # fails where something stands by now, unless it is an empty folder
+            sync(out.parent)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {explained(error)}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    except MemoryError:
+        raise UserError(
+            f"memory does not hold the tensors of {checkpoint.path} for --to {args.to}; "
+            "safetensors and zarr are written some tensors at a time"
+        ) from None
     print(f"{out}: {len(names)} tensors as {args.to}")
 
 

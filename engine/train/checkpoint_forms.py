@@ -31,6 +31,7 @@ from carillon.engine.train.checkpoint_megatron import is_torch_dist, iteration, 
 from carillon.engine.train.checkpoint_metadata import (
     METADATA,
     CheckedReader,
+    check_files,
     expect_one_process,
     told,
 )
@@ -38,6 +39,7 @@ from carillon.engine.train.checkpoint_places import (
     GROUP,
     SAFETENSORS_DTYPES,
     Entry,
+    check_chunks,
     open_zarr,
     read_part,
 )
@@ -59,38 +61,56 @@ class TensorSource(Protocol):
 class PartSource(TensorSource, Protocol):
     """Tensors of which a part can be read alone."""
 
+    def check_size(self) -> None:
+        """Raises UserError unless the files hold as many bytes as the tensors have."""
+
     def read_part(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor: ...
 
 
-def open_tensors(path: Path, step: int) -> TensorSource:
-    """The tensors of a checkpoint of `step` that was verified. Raises UserError for an unknown
-    form."""
-    if (path / METADATA).is_file():
-        return _DcpSource(path, step)
-    parts = open_parts(path, step)
-    if parts is None:
+def form_of(path: Path) -> str:
+    """The form of a checkpoint's tensors. Raises UserError for none that is known, or several."""
+    signs = {
+        "torch_dist" if is_torch_dist(path) else "dcp": (path / METADATA).is_file(),
+        "safetensors": any(path.glob("*.safetensors")),
+        "zarr": (path / GROUP).is_dir(),
+    }
+    found = [form for form, is_there in signs.items() if is_there]
+    if len(found) > 1:
+        raise UserError(
+            f"{path} holds tensors in several forms, {' and '.join(found)}: it does not say which "
+            "are meant. Move the files of all but one out of that folder"
+        )
+    if not found:
         raise UserError(f"{path} holds no tensors in a known form: {', '.join(FORMS)}")
-    return parts
+    return found[0]
 
 
-def open_parts(path: Path, step: int) -> PartSource | None:
+def open_tensors(path: Path, step: int) -> TensorSource:
+    """All tensors of a checkpoint of `step` that was verified. Raises UserError for an unknown
+    form, and for files that hold less than they say."""
+    form = form_of(path)
+    if form in ("dcp", "torch_dist"):
+        return _DcpSource(path, step, form)
+    source = open_parts(path, step, form)
+    source.check_size()
+    return source
+
+
+def open_parts(path: Path, step: int, form: str) -> PartSource:
     """The same, where the form is one to read parts from."""
-    if any(path.glob("*.safetensors")):
-        return _SafetensorsSource(path, step)
-    if (path / GROUP).is_dir():
-        return _ZarrSource(path, step)
-    return None
+    return (_SafetensorsSource if form == "safetensors" else _ZarrSource)(path, step)
 
 
 class _DcpSource:
     """torch's own files, and Megatron-Core's under their names here."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        self._path = path
-        is_foreign = is_torch_dist(path)
-        self.form = "torch_dist" if is_foreign else "dcp"
+    def __init__(self, path: Path, step: int, form: str) -> None:
+        self._path, self.form = path, form
+        is_foreign = form == "torch_dist"
         self.step = step or iteration(path) if is_foreign else step
-        stored = CheckedReader(path).read_metadata().state_dict_metadata
+        metadata = CheckedReader(path).read_metadata()
+        check_files(path, metadata)
+        stored = metadata.state_dict_metadata
         self._stored = {
             own_name(name) if is_foreign else name: name
             for name, entry in stored.items()
@@ -132,11 +152,19 @@ class _SafetensorsSource:
                     for name in opened.keys():  # noqa: SIM118 (it is no mapping)
                         part = opened.get_slice(name)
                         dtype = SAFETENSORS_DTYPES[part.get_dtype()]
+                        if name in entries:
+                            raise UserError(
+                                f"{path} holds {name} twice, in {self._files[name].name} and in "
+                                f"{file.name}: it does not say which is meant"
+                            )
                         entries[name] = Entry(tuple(part.get_shape()), dtype)
                         self._files[name] = file
             except (SafetensorError, KeyError, OSError) as error:
                 raise UserError(f"{file} cannot be read: {error}") from None
         self.entries: Mapping[str, Entry] = entries
+
+    def check_size(self) -> None:
+        """Nothing: the library has compared each header with its file."""
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         return {name: self._file_of(name).get_tensor(name) for name in names}
@@ -169,6 +197,13 @@ class _ZarrSource:
         except (OSError, ValueError) as error:
             raise UserError(f"{path / GROUP} cannot be read: {error}") from None
         self.entries: Mapping[str, Entry] = {n: place.entry for n, place in self._places.items()}
+
+    def check_size(self) -> None:
+        for name, place in self._places.items():
+            try:
+                check_chunks(self._path, place)
+            except OSError as error:
+                raise UserError(f"{self._path / GROUP}: {name} cannot be read: {error}") from None
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         shapes = {name: self.entries[name].shape for name in names}

@@ -25,17 +25,15 @@ from pathlib import Path
 
 import torch
 
+from carillon.engine.data.publish import json_of
+
 FORMAT = "metadata.json"
 COMMON = "common.pt"
 _STATES = ("exp_avg", "exp_avg_sq", "step", "fp32_param")
 
 
 def is_torch_dist(folder: Path) -> bool:
-    try:
-        said = json.loads((folder / FORMAT).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(said, dict) and said.get("sharded_backend") == "torch_dist"
+    return json_of(folder / FORMAT).get("sharded_backend") == "torch_dist"
 
 
 def iteration(folder: Path) -> int:

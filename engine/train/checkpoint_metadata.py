@@ -110,6 +110,11 @@ def _built_anew(read: Any) -> Metadata:
         if entry.said is not None  # has fields: not bytes, which are not read here
     }
     stored = {_index(index.said): _place(place.said) for index, place in places.items()}
+    for name, tensor in tensors.items():
+        for chunk in tensor.chunks:
+            place = stored[MetadataIndex(name, chunk.offsets)]
+            if math.prod(chunk.sizes) * tensor.properties.dtype.itemsize > place.length:
+                raise ValueError(f"{name} is larger than its place in {place.relative_path}")
     return Metadata(state_dict_metadata=dict(tensors), storage_data=stored)
 
 
@@ -147,6 +152,18 @@ def _place(said: dict[str, Any]) -> _StorageInfo:
     if said.get("transform_descriptors"):
         raise ValueError(f"the file {file} is packed in a way that is not written here")
     return _StorageInfo(str(file), offset, length)
+
+
+def check_files(folder: Path, metadata: Metadata) -> None:
+    """Raise UserError for a file that is missing, or ends before what lies in it does."""
+    ends: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        end = place.offset + place.length
+        ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
+    for name, end in ends.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size < end:
+            raise UserError(f"checkpoint {folder} cannot be read: {name} is missing or cut short")
 
 
 def expect_one_process() -> None:

@@ -24,10 +24,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from carillon.engine.data.publish import json_of
+
 INDEX = "model.safetensors.index.json"
 GROUP = "tensors.zarr"
 SHARD_BYTES = 5_000_000_000  # of a safetensors file, unless one tensor is larger
 _CHUNK_BYTES = 64 << 20  # of a chunk of zarr, unless one row is larger
+_LARGEST_BYTES = 1 << 62  # of a tensor: what offsets in a file can say
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -169,22 +172,28 @@ def _zarr_place(name: str, entry: Entry, rows: int) -> Place:
 
 def open_zarr(folder: Path) -> dict[str, Place]:
     """The arrays of a group that was written here. Raises ValueError or OSError for any other."""
-    if json.loads((folder / GROUP / "zarr.json").read_bytes()).get("node_type") != "group":
+    if json_of(folder / GROUP / "zarr.json").get("node_type") != "group":
         raise ValueError("its zarr.json is not a group's")
     places: dict[str, Place] = {}
     for file in sorted((folder / GROUP).glob("*/zarr.json")):
-        said, name = json.loads(file.read_bytes()), file.parent.name
+        said, name = json_of(file), file.parent.name
         try:
-            dtype = getattr(torch, said["attributes"]["dtype"])
-            entry = Entry(tuple(said["shape"]), dtype)
+            entry = Entry(tuple(said["shape"]), getattr(torch, said["attributes"]["dtype"]))
             rows = [*said["chunk_grid"]["configuration"]["chunk_shape"], 1][0]
-            known = {key: said[key] for key in _array_json(entry, rows)}
+            known = {key: said[key] for key in _array_json(entry, rows)} == _array_json(entry, rows)
+            known = known and all(type(size) is int and size >= 0 for size in (rows, *entry.shape))
         except (KeyError, TypeError, AttributeError):
-            known, entry, rows = {}, Entry((), torch.uint8), 1
-        if known != _array_json(entry, rows) or min([rows, *entry.shape]) < 0:
+            known = False
+        if not known or not rows or entry.size_bytes > _LARGEST_BYTES:
             raise ValueError(f"the zarr.json of {name} is not what is written here")
         places[name] = _zarr_place(name, entry, rows)
     return places
+
+
+def check_chunks(folder: Path, place: Place) -> None:
+    """Raises OSError unless every chunk of an array is there; stops at the first that is not."""
+    for name, _, _ in place.spans(0, place.entry.size_bytes):
+        os.close(_open_chunk(folder / name, place))
 
 
 def _array_json(entry: Entry, rows: int) -> dict[str, Any]:

@@ -27,14 +27,8 @@ from torch.futures import Future
 
 from carillon.engine.config import UserError
 from carillon.engine.train.checkpoint import Checkpoint
-from carillon.engine.train.checkpoint_forms import PartSource, open_parts
-from carillon.engine.train.checkpoint_megatron import is_torch_dist
-from carillon.engine.train.checkpoint_metadata import (
-    METADATA,
-    CheckedReader,
-    expect_one_process,
-    told,
-)
+from carillon.engine.train.checkpoint_forms import PartSource, form_of, open_parts
+from carillon.engine.train.checkpoint_metadata import CheckedReader, expect_one_process, told
 
 T = TypeVar("T")
 
@@ -63,17 +57,17 @@ def read_tensors(
 
 def _open(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], partial: bool) -> StorageReader:
     path = checkpoint.path
-    parts = open_parts(path, checkpoint.step)
+    form = form_of(path)
     reader: StorageReader
-    if parts is not None:
-        reader = _PartReader(parts)
-    elif (path / METADATA).is_file() and not is_torch_dist(path):
-        reader = CheckedReader(path)
-    else:
+    if form == "torch_dist":
         raise UserError(
             f"checkpoint {path} is in a form that is not trained from: make one that is by "
             "'carillon checkpoint convert FOLDER --to dcp --out FOLDER'"
         )
+    if form == "dcp":
+        reader = CheckedReader(path)
+    else:
+        reader = _PartReader(open_parts(path, checkpoint.step, form))
     _check_same_model(reader.read_metadata(), shapes, checkpoint, partial)
     return reader
 

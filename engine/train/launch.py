@@ -31,6 +31,7 @@ from carillon.engine.parallel.start import start_world
 from carillon.engine.parallel.watchdog import Watchdog
 from carillon.engine.registry.recorder import RunRecorder
 from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints
+from carillon.engine.train.checkpoint_seal import recover
 from carillon.engine.train.decoder_task import DecoderTask
 from carillon.engine.train.dual_encoder_task import DualEncoderTask
 from carillon.engine.train.guard import TrainingStopped
@@ -188,6 +189,7 @@ def _prepare(
     def record() -> Checkpoint | None:
         if folder is not None:
             folder.record(describe_run(config, dataset, tokenizer))
+        recover(path / "checkpoints")
         found = list_checkpoints(path / "checkpoints")
         if found:
             found[-1].verify()

@@ -25,8 +25,9 @@ from carillon.engine.config import UserError, build, config_hash, read_values, t
 from carillon.engine.data.shards import Dataset
 from carillon.engine.data.tokenizer import Tokenizer
 from carillon.engine.models.towers.dual_encoder import DualEncoder, DualEncoderConfig
-from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints, write_durably
+from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints
 from carillon.engine.train.checkpoint_reader import read_tensors
+from carillon.engine.train.checkpoint_seal import write_durably
 from carillon.engine.train.run_config import RunConfig, new_dual_encoder, run_name
 
 

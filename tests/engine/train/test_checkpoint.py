@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from carillon.engine.train.checkpoint import (
     list_checkpoints,
 )
 from carillon.engine.train.checkpoint_reader import read_tensors
+from carillon.engine.train.checkpoint_seal import recover, seal
 
 
 def tensors(value: float = 1.0) -> dict[str, Tensor]:
@@ -124,10 +126,115 @@ def test_a_checkpoint_is_durable_before_it_has_its_name(
 def test_leftovers_of_a_killed_save_are_no_checkpoints(tmp_path: Path) -> None:
     done = saved(tmp_path, 3)
     shutil.copytree(done.path, tmp_path / "step-00000009.tmp")
-    (tmp_path / "step-00000010").mkdir()  # no manifest: not ours
+    (tmp_path / "notes.tmp").mkdir()  # not ours
     assert [c.step for c in list_checkpoints(tmp_path)] == [3]
     store(tmp_path)
     assert not (tmp_path / "step-00000009.tmp").exists()
+    assert (tmp_path / "notes.tmp").exists()
+
+
+def test_a_final_name_without_a_manifest_is_damage(tmp_path: Path) -> None:
+    damaged = saved(tmp_path, 100_000_003)  # one digit more is newer, whatever the alphabet says
+    saved(tmp_path, 20_000_000)
+    (damaged.path / "manifest.json").unlink()
+    found = list_checkpoints(tmp_path)
+    assert [c.step for c in found] == [20_000_000, 100_000_003]
+    with pytest.raises(UserError, match=r"is damaged: manifest\.json is missing"):
+        found[-1].verify()
+
+
+def test_what_has_no_manifest_is_not_removed_as_old(tmp_path: Path) -> None:
+    damaged = saved(tmp_path, 1)
+    (damaged.path / "manifest.json").unlink()
+    writer = store(tmp_path, keep_last=2)
+    for step in range(2, 6):
+        writer.save(step, tensors(), {"step": step})
+    writer.wait()
+    assert [c.step for c in list_checkpoints(tmp_path)] == [1, 4, 5]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_a_kill_at_any_moment_of_sealing_leaves_what_can_be_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each call that changes what the disk has; the old checkpoint or the new is there."""
+    template = saved(tmp_path / "template", 3, 2.0)
+    real = {(os, "fsync"): os.fsync, (os, "rename"): os.rename, (shutil, "rmtree"): shutil.rmtree}
+    calls = 0
+    while True:
+        folder = tmp_path / str(calls)
+        saved(folder, 3, 1.0)
+        new = folder / "step-00000003.tmp"
+        shutil.copytree(template.path, new)
+        for name in ("manifest.json", "state.json"):
+            (new / name).unlink()
+        left = calls
+
+        def stop_or(function: Any, *given: Any, **named: Any) -> Any:
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            return function(*given, **named)
+
+        with monkeypatch.context() as patch:
+            for (module, name), function in real.items():
+                patch.setattr(module, name, partial(stop_or, function))
+            try:
+                seal(new, {"step": 3})
+                is_done = True
+            except Killed:
+                is_done = False
+        recover(folder)
+        (found,) = list_checkpoints(folder)
+        found.verify()
+        store(folder)
+        assert [p.name for p in folder.iterdir()] == ["step-00000003"]
+        found.verify()
+        if is_done:
+            break
+        calls += 1
+    assert calls > 8  # each file's sync, two renames, a removal
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "more/deep.bin", ".metadata2", "a link"])
+def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path: Path, name: str) -> None:
+    checkpoint = saved(tmp_path / "run")
+    checkpoint.verify()
+    stray = checkpoint.path / name
+    if name == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        stray.symlink_to(tmp_path / "elsewhere")
+    else:
+        stray.parent.mkdir(exist_ok=True)
+        stray.write_bytes(b"x")
+    with pytest.raises(UserError, match=f"holds {name}, which is not in its manifest"):
+        checkpoint.verify()
+    stray.unlink()
+    checkpoint.verify()
+
+
+@pytest.mark.parametrize("step", ["abc", None, [1], float("inf"), True, -1, 1.5, "missing"])
+def test_a_step_that_is_none_is_one_message(tmp_path: Path, step: Any) -> None:
+    writer = store(tmp_path)
+    writer.save(7, tensors(), {} if step == "missing" else {"step": step})
+    writer.wait()
+    writer.at(7).verify()
+    with pytest.raises(UserError, match=r"is damaged: state\.json is not what was written"):
+        _ = writer.at(7).state
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_json_that_is_nested_too_deep_is_one_message(tmp_path: Path, name: str) -> None:
+    checkpoint = saved(tmp_path)
+    (checkpoint.path / name).write_text('{"files":' * 100_000)
+    with pytest.raises(UserError, match=f"is damaged: {name} is"):
+        checkpoint.verify()
+    with pytest.raises(UserError, match=f"is damaged: {name} is"):
+        _ = checkpoint.state if name == "state.json" else checkpoint.verify()
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])

@@ -10,8 +10,9 @@ import pytest
 
 from carillon.engine.cli import main
 from carillon.engine.config import UserError
-from carillon.engine.train.checkpoint import MANIFEST, STATE, Checkpoint, seal
+from carillon.engine.train.checkpoint import Checkpoint
 from carillon.engine.train.checkpoint_forms import open_tensors
+from carillon.engine.train.checkpoint_seal import MANIFEST, STATE, seal
 
 Setup = Any  # conftest's
 Capture = pytest.CaptureFixture[str]
@@ -56,6 +57,11 @@ def trained(make_setup: Any) -> dict[str, Setup]:
 
 def copy_of(setup: Setup, output: Path) -> Setup:
     return setup.killed_after(5, output)
+
+
+def newest(setup: Setup) -> Path:
+    path: Path = setup.checkpoints()[-1].path
+    return path
 
 
 def test_every_form_holds_the_same_training(trained: dict[str, Setup]) -> None:
@@ -114,6 +120,12 @@ def told(
     (checkpoint.path / ".metadata").rename(checkpoint.path / "tensors.hdf5")
     reseal(checkpoint.path)
     cases["formless"] = (2, setup.argv(more))
+    setup = copy_of(trained["dcp"], folder / "unlisted")
+    shutil.copy(trained["safetensors"].checkpoints()[0].path / "model.safetensors", newest(setup))
+    cases["unlisted"] = (2, setup.argv(more))
+    setup = copy_of(trained["dcp"], folder / "manifestless")
+    (newest(setup) / MANIFEST).unlink()
+    cases["manifestless"] = (2, setup.argv(more))
     cases["unknown"] = (2, make_setup().argv(more, "logging.checkpoint_form=zar"))
     results = dict(ranks(folder / "ranks", cases, file_limits=limits))
     for name in limits:
@@ -132,7 +144,9 @@ def told(
         ("full-0", "was not written"),
         ("full-1", "was not written"),
         ("unwritable", "checkpoints cannot be kept in"),
-        ("formless", "in a form that is not trained from"),
+        ("formless", "holds no tensors in a known form"),
+        ("unlisted", "holds model.safetensors, which is not in its manifest"),
+        ("manifestless", "is damaged: manifest.json is missing"),
         ("unknown", "logging.checkpoint_form"),
     ],
 )
