@@ -201,6 +201,11 @@ class CheckpointStore:
             error, self._error = self._error, None
             raise UserError(f"checkpoint in {self.folder} was not written: {error}") from error
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it is known already that the save in flight failed; `wait` raises why."""
+        return self._error is not None
+
     def at(self, step: int) -> Checkpoint:
         return Checkpoint(path=self.folder / f"step-{step:08d}", step=step)
 
@@ -216,7 +221,7 @@ class CheckpointStore:
                 try:
                     seal(temporary, state)
                     self._remove_old()
-                except OSError as error:
+                except Exception as error:  # the others wait to hear of it, whatever it is
                     outcome = [error]
             if self._group is not None:
                 dist.broadcast_object_list(outcome, src=0, group=self._group)

@@ -1,11 +1,11 @@
 """The training loop: data -> loss -> gradients -> step, with everything that surrounds it.
 
 Order of one step: batch, forward and backward, clip, judge, optimizer, average, log, evaluate,
-save. One small reduction a step carries the loss, the wish to stop and what was counted, so all
-ranks decide alike. Random numbers are keyed by step, position and seed, never by what ran before,
-so a checkpoint needs no generator state and a resumed run repeats the unbroken one. What is of one
-kind of model is the task's (task.py). Left out: anything a recipe can express by config; there are
-no callbacks.
+save. One small reduction a step carries the loss, the wish to stop, whether a save failed and what
+was counted, so all ranks decide alike. Random numbers are keyed by step, position and seed, never
+by what ran before, so a checkpoint needs no generator state and a resumed run repeats the unbroken
+one. What is of one kind of model is the task's (task.py). Left out: anything a recipe can express
+by config; there are no callbacks.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class Trainer(Generic[B]):
         self._metric: float | None = None
         self._loss = math.nan  # of the newest step, over all ranks
         self._in_flight: int | None = None
+        self._save_failed = False  # of any rank, as the newest step was told
         self._written: dict[str, float] = {}  # the newest of every metric
         self._latest: dict[str, float] = {}  # as they stood at the save in flight
 
@@ -169,6 +170,8 @@ class Trainer(Generic[B]):
                 speed_s = (time.monotonic() - started) / (self.step - first)
                 progress.update(self.step, shown, speed_s * (self.num_steps - self.step))
             aside = time.perf_counter()
+            if self._save_failed:
+                self._settle_save()  # raises why, on every rank
             if not stop:
                 self._evaluate_if_due()
             if (stop and not self.guard.is_skipping) or self._due_save():
@@ -272,13 +275,15 @@ class Trainer(Generic[B]):
 
     def _reduce(self, loss: Tensor, work: Work) -> tuple[float, bool, dict[str, int], GlobalWork]:
         """Mean loss, whether any rank was asked to stop, the loader's counts and the work of all
-        ranks."""
+        ranks; takes down whether any rank's save failed."""
         counts, num_ranks = self.loader.counts(), self.world.degrees.data
         computed = [0.0] * num_ranks  # each writes its own place, so the sum is a list of all
         computed[self.world.data_rank] = work.computed
-        own = [float(self._stop.asked), *counts.values(), work.tokens, work.flops, *computed]
-        values = torch.tensor([float(loss), *own], dtype=torch.float64, device=self.world.device)
-        sum_of_losses, asked, *sums = sum_over(values, self.world.group).tolist()
+        told = [float(loss), float(self._stop.asked), float(self.store.has_failed)]
+        own = [*told, *counts.values(), work.tokens, work.flops, *computed]
+        values = torch.tensor(own, dtype=torch.float64, device=self.world.device)
+        sum_of_losses, asked, failed, *sums = sum_over(values, self.world.group).tolist()
+        self._save_failed = failed > 0
         copies = self.world.size // num_ranks  # processes with the same samples
         sums = [value / copies for value in sums]
         total = {name: int(value) for name, value in zip(counts, sums, strict=False)}

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -350,9 +351,15 @@ def test_a_failed_write_is_one_message_and_leaves_nothing(
 
     monkeypatch.setattr(os, "fsync", full)
     writer = store(tmp_path)
+    assert not writer.has_failed
     writer.save(2, tensors(), {"step": 2})
+    deadline = time.monotonic() + 60
+    while not writer.has_failed and time.monotonic() < deadline:  # known without a wait for it
+        time.sleep(0.01)
+    assert writer.has_failed
     with pytest.raises(UserError, match=r"was not written: .*No space left on device"):
         writer.wait()
+    assert not writer.has_failed
     assert [c.step for c in list_checkpoints(tmp_path)] == [1]
     assert not list(tmp_path.glob("*.tmp"))
 

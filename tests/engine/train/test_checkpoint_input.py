@@ -1,7 +1,9 @@
 """Checkpoints that cannot be read or written: one message, code 2 on every process, no hang."""
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 
 from carillon.engine.cli import main
 from carillon.engine.config import UserError
-from carillon.engine.train.checkpoint import Checkpoint
+from carillon.engine.train.checkpoint import Checkpoint, CheckpointStore
 from carillon.engine.train.checkpoint_forms import open_tensors
 from carillon.engine.train.checkpoint_seal import MANIFEST, STATE, seal
 
@@ -20,6 +22,7 @@ FORMS = ("dcp", "safetensors", "zarr")
 # By rank, the bytes that fit into a file: of the main process all but tensors does, of the other
 # nothing that matters.
 FULL = {0: 300_000, 1: 2048}
+SOON = 20  # steps until a save that fails, and from there to the next
 
 
 def flip(file: Path) -> None:
@@ -126,11 +129,17 @@ def told(
     setup = copy_of(trained["dcp"], folder / "manifestless")
     (newest(setup) / MANIFEST).unlink()
     cases["manifestless"] = (2, setup.argv(more))
+    setup, name = make_setup(), "soon full-1"  # so many steps lie between two saves
+    few = [f"logging.checkpoint_interval_steps={SOON}", f"optimization.steps={2 * SOON}"]
+    cases[name] = (2, setup.argv(*few, "model.vision.width=128", "distributed.zero_stage=3"))
+    limits[name] = {1: FULL[1]}
     cases["unknown"] = (2, make_setup().argv(more, "logging.checkpoint_form=zar"))
     results = dict(ranks(folder / "ranks", cases, file_limits=limits))
     for name in limits:
         output = Path(cases[name][1][2].removeprefix("logging.output="))
         results[name]["left"] = [str(path) for path in output.glob("*/checkpoints/*")]
+        (metrics,) = output.glob("*/metrics.jsonl")
+        results[name]["steps"] = len(metrics.read_text().splitlines())
     return results
 
 
@@ -154,7 +163,7 @@ def test_the_main_process_alone_tells_it_in_a_line(
     told: dict[str, Any], fault: str, expected: str
 ) -> None:
     of_forms = {name: result for name, result in told.items() if name.split()[-1] == fault}
-    assert len(of_forms) == (1 if fault in told else len(FORMS))
+    assert len(of_forms) == (1 if fault in told else len(FORMS) + (fault == "full-1"))
     for name, result in of_forms.items():
         assert result["codes"] == [2, 2], (name, result)
         lines = [line for line in result["stderr"][0].splitlines() if line.startswith("carillon: ")]
@@ -163,6 +172,34 @@ def test_the_main_process_alone_tells_it_in_a_line(
         assert "Traceback" not in "".join(result["stderr"]), (name, result)
         assert not result["stderr"][1].strip(), (name, result)
         assert not result.get("left"), (name, result)  # of a checkpoint that could not be written
+
+
+def test_a_failed_save_ends_every_process_before_the_next_save(told: dict[str, Any]) -> None:
+    assert SOON <= told["soon full-1"]["steps"] < 2 * SOON
+
+
+def test_a_failed_save_is_told_in_the_next_step(
+    setup: Setup, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the save has ended by the time it returns, so the step is known."""
+    save = CheckpointStore.save
+
+    def save_and_end(store: CheckpointStore, *given: Any) -> None:
+        def full(handle: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            save(store, *given)
+            deadline = time.monotonic() + 60
+            while not store.has_failed and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    monkeypatch.setattr(CheckpointStore, "save", save_and_end)
+    assert setup.train("optimization.steps=10") == 2
+    said = capsys.readouterr().err
+    assert said.count("was not written: [Errno 28] No space left on device") == 1
+    assert [line["step"] for line in setup.metrics()] == [1, 2, 3, 4, 5, 6]
 
 
 def nonsense(path: Path) -> None:
