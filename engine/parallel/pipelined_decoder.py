@@ -24,7 +24,7 @@ from carillon.engine.models.towers.decoder_stages import decoder_pieces
 from carillon.engine.nn.router import Router
 from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.pipeline import Pipeline, Shapes, from_last_stage
-from carillon.engine.parallel.pipeline_split import split_of, stages_of
+from carillon.engine.parallel.pipeline_split import split_of, stage_imbalance, stages_of
 
 
 class PipelinedDecoder(nn.Module):
@@ -39,7 +39,9 @@ class PipelinedDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self._width, self.vocab_size = model.config.width, model.head.out_features
-        split = split_of(config, "decoder", model.costs(model.config.context))
+        costs = model.costs(model.config.context)
+        self.stage_imbalance = stage_imbalance(config, {"decoder": costs})
+        split = split_of(config, "decoder", costs)
         self._pieces = decoder_pieces(model, split, stages_of(config, dist.get_rank(group)))
         self.parts = nn.ModuleList(self._pieces)
         self._pipeline = Pipeline(self._pieces, config, group, device=device, loss=self._loss)

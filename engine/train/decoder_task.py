@@ -23,6 +23,7 @@ from carillon.engine.models.towers.decoder_config import DecoderConfig
 from carillon.engine.parallel.apply import LaidOutDecoder, apply_layout
 from carillon.engine.parallel.mesh import World
 from carillon.engine.parallel.pipeline_split import microbatch_size
+from carillon.engine.parallel.pipelined_decoder import PipelinedDecoder
 from carillon.engine.parallel.routers import finish_step
 from carillon.engine.parallel.zigzag import Zigzag
 from carillon.engine.train.language_step import language_forward_backward, language_loss_alone
@@ -61,6 +62,9 @@ class DecoderTask:
             self._samples, rank=world.data_rank, world_size=world.degrees.data, device=world.device
         )
         self._flops_per_token = cache(self.model.flops_per_token)
+
+    def stage_imbalance(self) -> float:
+        return self.model.stage_imbalance if isinstance(self.model, PipelinedDecoder) else 1.0
 
     def no_decay_names(self) -> frozenset[str]:
         return self.model.no_decay_names()

@@ -60,6 +60,9 @@ class DualEncoderTask:
         self._objective = ContrastiveObjective(config.loss.itc)
         self._flops_per_sample = cache(self.model.flops_per_sample)
 
+    def stage_imbalance(self) -> float:
+        return self.model.stage_imbalance if isinstance(self.model, PipelinedDualEncoder) else 1.0
+
     def no_decay_names(self) -> frozenset[str]:
         return self.model.no_decay_names()
 

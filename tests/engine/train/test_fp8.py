@@ -97,7 +97,10 @@ def test_a_run_stops_when_the_gap_stays_too_large(
     assert setup.train(FP8, *bound) == 3
     error = " ".join(capsys.readouterr().err.split())
     assert "more than 1e-06 of it (distributed.fp8_shadow.bound) in 2 looks in a row" in error
-    assert len(setup.losses()) == 3  # of the fourth step, nothing
+    gaps = [line["fp8_gap"] for line in setup.metrics() if "fp8_gap" in line]
+    assert len(setup.losses()) == 4
+    assert len(gaps) == 2
+    assert min(gaps) > 1e-6  # the look that ended the run is there, too
 
 
 def test_looks_count_in_a_row_and_go_on_from_their_state() -> None:
