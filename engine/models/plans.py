@@ -76,11 +76,6 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
         if size % tp:
             fits = ", ".join(map(str, divisors(size)))
             yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"
-    if layout.sequence_parallel and layout.pp > 1:
-        yield (
-            "distributed.sequence_parallel: true does not run in a decoder's pipeline stages yet; "
-            "drop it, or pp"
-        )
     if layout.compile and tp > 1:
         yield f"distributed.compile: true with tp={tp} does not run in a decoder yet; drop either"
     if ep > 1 and moe.num_experts is None:
@@ -108,8 +103,6 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
 def _context_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterator[str]:
     if layout.cp == 1:
         return
-    if layout.pp > 1:
-        yield f"distributed.cp: {layout.cp} does not run in pipeline stages yet; drop cp, or pp"
     for error in row_length_errors(config.context, layout.cp):
         yield f"distributed.{error}; rows are model.context long"
     local = config.num_heads // layout.tp

@@ -23,6 +23,7 @@ MIXED = DecoderConfig(
     ("config", "layout", "messages"),
     [
         (MIXED, DistributedConfig(ep=3, tp=2, zero_stage=3), []),
+        (MIXED, DistributedConfig(pp=2, cp=2, tp=2, sequence_parallel=True), []),
         (
             MIXED,
             DistributedConfig(ep=4),
