@@ -77,8 +77,6 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
         if size % tp:
             fits = ", ".join(map(str, divisors(size)))
             yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"
-    if layout.compile and tp > 1:
-        yield f"distributed.compile: true with tp={tp} does not run in a decoder yet; drop either"
     if ep > 1 and moe.num_experts is None:
         yield f"distributed.ep: {ep} given, but the model has no experts; use ep=1"
     elif ep > 1 and moe.num_experts is not None and moe.num_experts % ep:

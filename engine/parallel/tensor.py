@@ -9,6 +9,9 @@ the products and a scatter after them. An encoder's tokens are padded up to a mu
 padding hidden from all others, and its last block has all of them, since it may compute only the
 one that is pooled. A mixture of experts sees all tokens too. Pieces of a decoder, whose rows have
 one length, hand a share of the tokens on; pieces of an encoder all of them.
+Between modules go plain tensors only, so that a compiled block may be cut anywhere: the compiler
+(torch 2.13, inductor) takes a DTensor's gradient for contiguous where it is not, and has no
+gradient for a tensor that is still on its way.
 Source: Korthikanti et al. 2022 (Reducing Activation Recomputation), section 4.2.2.
 Status: runs on CPU with gloo; not run on a GPU yet, and overlap_exchange nowhere.
 """
@@ -62,8 +65,11 @@ def split_tensors(
             if split is not Split.STREAM and fnmatchcase(name, pattern):
                 styles[name] = _style(split, by_tokens=module in inside)
         if isinstance(module, LayerNorm | RMSNorm) and module in inside and name not in styles:
-            styles[name] = SequenceParallel(sequence_dim=_TOKENS_DIM)
+            styles[name] = SequenceParallel(sequence_dim=_TOKENS_DIM, use_local_output=True)
     parallelize_module(model, mesh, styles)
+    for name in styles:
+        if isinstance(modules[name], nn.Embedding):  # its sum over processes is not waited for
+            modules[name].register_forward_hook(lambda _, given, x_BLD: x_BLD.clone())
     for stream in streams:
         _lay_by_tokens(stream, mesh)
 
@@ -118,9 +124,8 @@ def _lay_by_tokens(stream: nn.Module, mesh: DeviceMesh) -> None:
         return whole.redistribute(placements=[Shard(_TOKENS_DIM)]).to_local()
 
     def joined(x_BLD: Tensor) -> Tensor:
-        if not isinstance(x_BLD, DTensor):
-            x_BLD = DTensor.from_local(x_BLD, mesh, [Shard(_TOKENS_DIM)], run_check=False)
-        return x_BLD.redistribute(placements=[Replicate()]).to_local()
+        shares = DTensor.from_local(x_BLD, mesh, [Shard(_TOKENS_DIM)], run_check=False)
+        return shares.redistribute(placements=[Replicate()]).to_local()
 
     def join(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         return (joined(arguments[0]), *arguments[1:])

@@ -46,13 +46,8 @@ class Row:
             if column in self.columns
             for variant in self.variants
             if column in DUAL or variant.exchange == "gather"  # the contrastive loss's
-            if not variant.compile or column in self._compiled  # compiling takes long
+            if not variant.compile or column in _COMPILED_COLUMNS  # compiling takes long
         ]
-
-    @property
-    def _compiled(self) -> tuple[str, ...]:
-        """A decoder that is split over tp is not compiled yet."""
-        return _COMPILED_COLUMNS[:1] if "tp" in self.settings else _COMPILED_COLUMNS
 
     def layout(self, variant: Variant) -> DistributedConfig:
         return DistributedConfig(precision="fp32", **{**variant.settings(), **self.settings})
