@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from carillon.engine.data.loader import Batch
+from carillon.engine.data.pairs import Batch
 from carillon.engine.losses.contrastive import ContrastiveConfig, ContrastiveObjective
 from carillon.engine.models.encoders.text import TextOverrides
 from carillon.engine.models.encoders.vision import VisionOverrides
