@@ -2,7 +2,8 @@
 
 The number of tokens that count in the global batch is known before the step, so the losses of
 microbatches add up to the loss, and the terms of routers enter by their own gradients: one pass of
-any schedule is the step. Microbatches are whole rows.
+any schedule is the step. Microbatches are of rows: whole ones, or with context parallelism the
+process's share of each. With sequence parallelism a share of those tokens travels between stages.
 Status: runs on CPU with gloo; not run on a GPU yet.
 """
 
@@ -39,6 +40,7 @@ class PipelinedDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self._width, self.vocab_size = model.config.width, model.head.out_features
+        self._ways_by_tokens = config.tp if config.sequence_parallel else 1
         costs = model.costs(model.config.context)
         self.stage_imbalance = stage_imbalance(config, {"decoder": costs})
         split = split_of(config, "decoder", costs)
@@ -73,7 +75,7 @@ class PipelinedDecoder(nn.Module):
         shapes = Shapes(
             first=(size, length),
             dtype=rows.tokens.dtype,
-            between=(size, length, self._width),
+            between=(size, length // self._ways_by_tokens, self._width),
             last=(size, length, self.vocab_size if split is None else split.num_own),
         )
         extras = {"positions_BL": rows.positions, "offsets_BS": rows.offsets}

@@ -162,16 +162,8 @@ def _dual_encoder_problems(config: RunConfig, model: DualEncoderConfig) -> Itera
 
 
 def _decoder_problems(config: RunConfig, model: DecoderConfig) -> Iterator[str]:
-    layout, data = config.distributed, config.data
-    yield from decoder_problems(model, layout)
-    if layout.precision == "fp8":
-        heads = model.width // model.num_heads * model.kv_heads
-        sizes = {
-            "model.width": model.width,
-            "model's key and value features": heads,
-            "model.mlp_width": model.mlp_width,
-        }
-        yield from _fp8_problems(layout, sizes, {"decoder": model.depth})
+    data = config.data
+    yield from decoder_problems(model, config.distributed)
     asked = data.augment.text.max_len
     if asked is not None and asked > model.context:
         yield (

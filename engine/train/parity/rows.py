@@ -46,13 +46,8 @@ class Row:
             if column in self.columns
             for variant in self.variants
             if column in DUAL or variant.exchange == "gather"  # the contrastive loss's
-            if not variant.compile or column in self._compiled  # compiling takes long
+            if not variant.compile or column in _COMPILED_COLUMNS  # compiling takes long
         ]
-
-    @property
-    def _compiled(self) -> tuple[str, ...]:
-        """A decoder that is split over tp is not compiled yet."""
-        return _COMPILED_COLUMNS[:1] if "tp" in self.settings else _COMPILED_COLUMNS
 
     def layout(self, variant: Variant) -> DistributedConfig:
         return DistributedConfig(precision="fp32", **{**variant.settings(), **self.settings})
@@ -121,8 +116,30 @@ ROWS = (
         4,
         {"pp": 2, "tp": 2, "sequence_parallel": True},
         schedules=("1F1B",),
-        columns=frozenset({"pooled dual encoder, softmax", "dual encoder, sigmoid"}),
+        columns=frozenset({"pooled dual encoder, softmax", "dual encoder, sigmoid"}) | DECODER,
         variants=(_RECOMPUTE,),
+    ),
+    *_pipelines(
+        "PP2xTP2+SP",
+        4,
+        {"pp": 2, "tp": 2, "sequence_parallel": True},
+        schedules=("ZBV",),
+        columns=DECODER,
+    ),
+    *_pipelines(
+        "PP2xCP2",
+        4,
+        {"pp": 2, "cp": 2},
+        schedules=("1F1B", "ZBV"),
+        columns=DECODER,
+        variants=(_PLAIN, _RECOMPUTE),
+    ),
+    *_pipelines(
+        "PP2xCP2xEP2, ulysses",
+        4,
+        {"pp": 2, "cp": 2, "ep": 2, "zero_stage": 3, "cp_method": "ulysses"},
+        schedules=("interleaved",),
+        columns=frozenset({"MoE decoder, softmax router"}),
     ),
     *_pipelines(
         "PP2xEP2",
@@ -137,6 +154,14 @@ ROWS = (
         8,
         {"pp": 2, "tp": 2, "zero_stage": 3},
         schedules=("1F1B", "interleaved", "ZBV"),
+        variants=(_RECOMPUTE,),
+    ),
+    *_pipelines(
+        "PP2xCP2xTP2+SP",
+        8,
+        {"pp": 2, "cp": 2, "tp": 2, "sequence_parallel": True},
+        schedules=("1F1B",),
+        columns=frozenset({"MoE decoder, sigmoid router"}),
         variants=(_RECOMPUTE,),
     ),
 )

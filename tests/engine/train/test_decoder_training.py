@@ -61,6 +61,7 @@ LAYOUTS = {
     "CP2": (2, "cp=2"),
     "PP2": (2, "pp=2"),
     "EP2xTP2": (4, "ep=2 tp=2 zero_stage=3"),
+    "PP2xCP2": (4, "pp=2 cp=2"),
 }
 
 
