@@ -86,7 +86,7 @@ class DecoderTask:
         )
 
     def loss_alone(self, batch: CaptionRows) -> Tensor:
-        assert isinstance(self.model, Decoder)  # fp8 runs in no pipeline
+        assert isinstance(self.model, Decoder)  # the shadow looks into no pipeline
         rows = self._share(batch)
         num = len(rows.tokens) // self._microbatch_size(len(rows.tokens))
         return language_loss_alone(

@@ -88,7 +88,7 @@ class DualEncoderTask:
         )
 
     def loss_alone(self, batch: Batch) -> Tensor:
-        assert isinstance(self.model, DualEncoder)  # fp8 runs in no pipeline
+        assert isinstance(self.model, DualEncoder)  # the shadow looks into no pipeline
         return loss_alone(
             self.model,
             self._objective,
