@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from carillon.engine.data.packed_rows import PackedRows
 from carillon.engine.losses.language import SplitVocabulary, language_loss
-from carillon.engine.models.towers.decoder import Decoder, routers
+from carillon.engine.models.towers.decoder import Decoder, router_biases, routers
 from carillon.engine.models.towers.decoder_stages import decoder_pieces
 from carillon.engine.nn.router import Router
 from carillon.engine.parallel.config import DistributedConfig
@@ -107,6 +107,10 @@ class PipelinedDecoder(nn.Module):
     def routers(self) -> Iterator[Router]:
         """The routers of this process's mixtures."""
         return chain.from_iterable(routers(piece) for piece in self._pieces)
+
+    def router_biases(self) -> Iterator[tuple[str, Tensor]]:
+        """As Decoder's, of this process's mixtures."""
+        return chain.from_iterable(router_biases(piece) for piece in self._pieces)
 
     def set_recompute(self, enabled: bool) -> None:
         """As Decoder's."""

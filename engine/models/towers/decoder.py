@@ -82,6 +82,10 @@ class Decoder(nn.Module):
         """The routers of the mixtures, first block first."""
         return routers(self)
 
+    def router_biases(self) -> Iterator[tuple[str, Tensor]]:
+        """The buffers that balance experts, which no gradient moves, by name."""
+        return router_biases(self)
+
     def no_decay_names(self) -> frozenset[str]:
         """Parameters without weight decay: the gains."""
         return frozenset(name for name, value in self.named_parameters() if value.ndim < 2)
@@ -142,6 +146,13 @@ def routers(module: nn.Module) -> Iterator[Router]:
     for part in module.modules():
         if isinstance(part, Moe):
             yield part.router
+
+
+def router_biases(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """As Decoder's, of a decoder or a piece of one."""
+    for name, part in module.named_modules():
+        if isinstance(part, Moe) and part.router.bias is not None:
+            yield f"{name}.router.bias", part.router.bias
 
 
 def build_decoder(
