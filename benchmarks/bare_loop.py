@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from carillon.engine.data.loader import PositionedSamples, TrainingLoader, open_split
+from carillon.engine.data.loader import TrainingLoader
+from carillon.engine.data.pairs import PositionedSamples
+from carillon.engine.data.positioned import open_split
 from carillon.engine.data.tokenizer import Tokenizer
 from carillon.engine.data.transforms import normalize
 from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.train.optim import learning_rate
-from carillon.engine.train.run import RunConfig, load_config, new_model
+from carillon.engine.train.run_config import RunConfig, load_config, new_dual_encoder
 
 
 def train(config: RunConfig, lines: Path) -> None:
@@ -33,7 +35,7 @@ def train(config: RunConfig, lines: Path) -> None:
         seed=config.experiment.seed,
     )
     loader = TrainingLoader(samples, rank=0, world_size=1, device=torch.device("cpu"))
-    model = new_model(config, tokenizer.vocab_size)
+    model = new_dual_encoder(config, tokenizer.vocab_size)
     undecayed = model.no_decay_names()
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(

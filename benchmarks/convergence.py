@@ -21,7 +21,7 @@ from record import BENCHMARKS, FLICKR8K, flickr8k_shards, keep
 
 from carillon.engine.data.shards import open_dataset
 from carillon.engine.data.tokenizer import Tokenizer, captions_of
-from carillon.engine.train.run import load_config, run_name
+from carillon.engine.train.run_config import load_config, run_name
 
 CONFIG = str(BENCHMARKS / "dual_encoder.yaml")
 SEEDS = (1, 2, 3)

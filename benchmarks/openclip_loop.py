@@ -29,11 +29,13 @@ from torch import Tensor, nn
 from webdataset import WebLoader
 from webdataset_loader import padded_tokens, pipeline
 
-from carillon.engine.data.loader import Batch, PositionedSamples, TrainingLoader, open_split
+from carillon.engine.data.loader import TrainingLoader
+from carillon.engine.data.pairs import Batch, PositionedSamples
+from carillon.engine.data.positioned import open_split
 from carillon.engine.data.tokenizer import Tokenizer
 from carillon.engine.data.transforms import normalize
 from carillon.engine.models.catalog import text_config, vision_config
-from carillon.engine.train.run import RunConfig, load_config
+from carillon.engine.train.run_config import RunConfig, load_config
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
 

@@ -29,7 +29,7 @@ from turns import Contestant, Turn
 
 from carillon.engine.data.shards import open_dataset
 from carillon.engine.data.tokenizer import Tokenizer, captions_of
-from carillon.engine.train.run import load_config, run_name
+from carillon.engine.train.run_config import load_config, run_name
 
 CONFIG = str(BENCHMARKS / "dual_encoder.yaml")
 SHARE = 128

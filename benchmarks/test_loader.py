@@ -28,13 +28,10 @@ from record import EMOJI, flickr8k_shards
 from torchvision import transforms
 from webdataset_loader import padded_tokens, pipeline
 
-from carillon.engine.data.loader import (
-    AugmentConfig,
-    DataConfig,
-    PositionedSamples,
-    TrainingLoader,
-)
+from carillon.engine.data.config import AugmentConfig, DataConfig
+from carillon.engine.data.loader import TrainingLoader
 from carillon.engine.data.manifest import MANIFEST_NAME, SplitFiles, manifest_bytes
+from carillon.engine.data.pairs import PositionedSamples
 from carillon.engine.data.shard_index import index_header
 from carillon.engine.data.shards import open_dataset
 from carillon.engine.data.tokenizer import Tokenizer, captions_of

@@ -20,7 +20,7 @@ from turns import Contestant, Turn
 
 from carillon.engine.data.shards import open_dataset
 from carillon.engine.data.tokenizer import Tokenizer, captions_of
-from carillon.engine.train.run import load_config, run_name
+from carillon.engine.train.run_config import load_config, run_name
 
 CONFIG = BENCHMARKS / "dual_encoder.yaml"
 _STEPS_A_LINE = 2

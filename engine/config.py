@@ -223,6 +223,9 @@ def _typed(hint: Any, value: Any, where: str, rule: Rule, problems: list[str]) -
 
 
 def _typed_union(hints: list[Any], value: Any, where: str, rule: Rule, problems: list[str]) -> Any:
+    kinds = {_kind(hint): hint for hint in hints if isinstance(hint, type) and is_dataclass(hint)}
+    if kinds:
+        return _typed_kind(kinds, value, where, rule, problems)
     attempts: list[list[str]] = []
     for hint in hints:
         attempt: list[str] = []
@@ -232,6 +235,25 @@ def _typed_union(hints: list[Any], value: Any, where: str, rule: Rule, problems:
         attempts.append(attempt)
     problems.extend(attempts[0])
     return None
+
+
+def _kind(cls: type[Any]) -> str:
+    """The only value of `type` that one of several dataclasses for a section allows."""
+    return str(typing.get_args(typing.get_type_hints(cls)["type"])[0])
+
+
+def _typed_kind(
+    kinds: dict[str, Any], value: Any, where: str, rule: Rule, problems: list[str]
+) -> Any:
+    """A section that is one of several dataclasses; `type` says which, the first if left out."""
+    given = (
+        value.get("type", next(iter(kinds))) if isinstance(value, Mapping) else next(iter(kinds))
+    )
+    if not isinstance(given, str) or given not in kinds:
+        one_of = Rule(help="", choices=tuple(kinds))
+        problems.append(f"{where}.type: {_show(given)} given, {_range_problem(given, one_of)}")
+        return None
+    return _typed(kinds[given], value, where, rule, problems)
 
 
 def _typed_list(hint: Any, value: Any, where: str, rule: Rule, problems: list[str]) -> Any:
@@ -325,6 +347,7 @@ class Documented:
     default: str
     help: str
     hashed: bool
+    kind: str | None = None  # of a section that is one of several, by its `type`
 
 
 def documented(root: type[Any], prefix: str = "", hashed: bool = True) -> Iterator[Documented]:
@@ -334,6 +357,13 @@ def documented(root: type[Any], prefix: str = "", hashed: bool = True) -> Iterat
         rule, hint, key = rule_of(item), hints[item.name], f"{prefix}{item.name}"
         if is_dataclass(hint):
             yield from documented(typing.cast(type[Any], hint), f"{key}.", hashed and rule.hashed)
+            continue
+        several = [one for one in typing.get_args(hint) if is_dataclass(one)]
+        if several and typing.get_origin(hint) is not dict:
+            for one in several:
+                cls = typing.cast(type[Any], one)
+                for found in documented(cls, f"{key}.", hashed and rule.hashed):
+                    yield dataclasses.replace(found, kind=_kind(cls))
             continue
         named = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
         if is_dataclass(named):

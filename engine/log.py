@@ -243,7 +243,8 @@ class Progress:
 
 
 def _describe(values: Mapping[str, float]) -> str:
+    rate = next(name for name in values if name.endswith("_per_s"))
     return (
-        f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_s']:.0f} images/s"
-        f"  MFU {100 * values['mfu']:.1f}%"
+        f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values[rate]:.0f} "
+        f"{rate.removesuffix('_per_s')}/s  MFU {100 * values['mfu']:.1f}%"
     )

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from carillon.engine.train.run import load_config, run_name
+from carillon.engine.train.run_config import load_config, run_name
 
 
 def run(*command: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from carillon.engine import cli
 from carillon.engine.config import Documented, documented
-from carillon.engine.train.run import RunConfig
+from carillon.engine.train.run_config import RunConfig
 from carillon.engine.train.settings_page import settings_page
 
 SHARED = runpy.run_path(str(Path(__file__).with_name("documented_commands.py")))

@@ -5,7 +5,6 @@ appended, as a user could, so that it takes seconds. What a CPU machine cannot d
 NOT_RUN, with the reason and the file that tests it instead.
 """
 
-import itertools
 import json
 import os
 import re
@@ -23,7 +22,8 @@ import pytest
 from PIL import Image
 
 from carillon.engine.cli import main as carillon
-from carillon.engine.train.run import load_config, load_run
+from carillon.engine.train.checkpoint import list_checkpoints
+from carillon.engine.train.run_config import load_config
 
 TESTS = Path(__file__).resolve().parent
 SHARED = runpy.run_path(str(TESTS / "documented_commands.py"))
@@ -61,9 +61,16 @@ NOT_RUN = {
 }
 
 # Appended to a command that begins so. In several processes a run is another than in one.
+_PAIRS = (*TINY_SET["SMALL"], "evaluation.bootstrap_samples=10")
+_ROWS = TINY_SET["SMALL_DECODER"]
 CUTS = {
-    "carillon train": (*TINY_SET["SMALL"], "evaluation.bootstrap_samples=10"),
-    "torchrun": (*TINY_SET["SMALL"], "evaluation.bootstrap_samples=10", "optimization.steps=3"),
+    "carillon train": _PAIRS,
+    "carillon train recipes/emoji_decoder.yaml": _ROWS,
+    "torchrun": (*_PAIRS, "optimization.steps=3"),
+    "torchrun --nproc-per-node=2 recipes/train.py --config recipes/emoji_decoder.yaml": (
+        *_ROWS,
+        "optimization.steps=3",
+    ),
     "carillon ingest": ("--workers=1",),
 }
 
@@ -108,8 +115,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> str:
     """Run one command in the current folder; returns what it printed."""
-    cuts = [cut for start, cut in CUTS.items() if shlex.join(words).startswith(start)]
-    given = [*map(filled, words), *itertools.chain(*cuts)]
+    starts = [start for start in CUTS if shlex.join(words).startswith(start)]
+    given = [*map(filled, words), *CUTS.get(max(starts, key=len, default=""), ())]
     capfd.readouterr()
     if given[0] == "carillon":
         code = carillon(given[1:])
@@ -129,7 +136,8 @@ def check(words: tuple[str, ...], said: str) -> None:
     if words[:2] == ("carillon", "train") or words[0] == "torchrun":
         newest = max(Path("runs").glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime_ns)
         steps = [json.loads(line)["step"] for line in newest.read_text().splitlines()]
-        assert max(steps) == load_run(newest.parent).step == (3 if words[0] == "torchrun" else 2)
+        saved = max(c.step for c in list_checkpoints(newest.parent / "checkpoints"))
+        assert max(steps) == saved == (3 if words[0] == "torchrun" else 2)
         assert "--fresh" not in words or list(Path("runs").glob("*.old"))
     else:
         assert said.strip(), f"{shlex.join(words)} prints nothing"

@@ -3,8 +3,8 @@
 Positions count samples since the run began; epoch e covers [e*n, (e+1)*n). Each epoch's permutation
 is a keyed Feistel network with cycle walking (Black and Rogaway 2002, "Ciphers with Arbitrary
 Finite Domains"), so nothing of size n is ever stored and start-up does not depend on n. World size,
-worker count and restarts cannot enter. Trade-off: reads are random over the whole set, which suits
-local disks; block-wise orders for object stores are another class with the same two methods.
+worker count and restarts cannot enter. `SampleOrder` reads at random over the whole set, which
+suits local disks; `BlockOrder` reads runs of rows, for disks and stores where a read has its price.
 """
 
 from __future__ import annotations
@@ -92,6 +92,59 @@ class SampleOrder:
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, Permutation(self.n, stable_hash(self.seed, "epoch", epoch)))
         return self._epoch[1]
+
+
+class BlockOrder:
+    """An endless stream over n rows, each row once an epoch, that reads neighbours together.
+
+    An epoch turns the rows by a drawn number and cuts them into blocks of `block` rows. The blocks
+    are shuffled, and then the rows of every `window` blocks that follow each other: so a reader has
+    at most that many places of the set open, and what it reads of each is one run of rows. The
+    rest that makes no whole block ends the epoch; the turn makes it other rows each time.
+    Trade-off: two rows of a block are at most a window apart, so batches are less independent than
+    those of `SampleOrder`; the window bounds how much.
+    """
+
+    def __init__(self, n: int, seed: int, *, block: int, window: int) -> None:
+        if n < 1 or block < 1 or window < 1:
+            raise ValueError(
+                f"an order needs at least one row, in blocks and windows of at least one; got "
+                f"n={n}, block={block}, window={window}"
+            )
+        self.n, self.seed, self.block, self.window = n, seed, block, window
+        self._num_whole = n // block
+
+    def rows(self, positions: Positions) -> Positions:
+        """Rows at global `positions` (int64, any epochs)."""
+        epochs, index = np.divmod(positions, self.n)
+        out = np.empty_like(index)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            out[here] = self._of_epoch(epoch, index[here])
+        return out
+
+    def replacement(self, position: int, attempt: int) -> int:
+        """As SampleOrder's."""
+        return stable_hash(self.seed, "replacement", position, attempt) % self.n
+
+    def _of_epoch(self, epoch: int, index: Positions) -> Positions:
+        size = self.window * self.block
+        windows = index // size
+        place = np.empty_like(index)  # within the shuffled blocks
+        for window in np.unique(windows).tolist():
+            here = windows == window
+            first = window * size
+            shuffled = Permutation(
+                min(size, self.n - first), stable_hash(self.seed, "window", epoch, window)
+            )
+            place[here] = first + shuffled(index[here] - first)
+        blocks, inside = np.divmod(place, self.block)
+        whole = blocks < self._num_whole
+        if self._num_whole:
+            shuffled = Permutation(self._num_whole, stable_hash(self.seed, "blocks", epoch))
+            blocks[whole] = shuffled(blocks[whole])
+        turn = stable_hash(self.seed, "turn", epoch) % self.n
+        return (blocks * self.block + inside + turn) % self.n
 
 
 class HeldOut:

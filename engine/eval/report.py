@@ -43,7 +43,7 @@ def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def draw_loss(metrics: str | Path, path: str | Path) -> Path:
-    """Draw loss, learning rate and, where there are any, retrieval means over steps.
+    """Draw losses, learning rate and, where there are any, retrieval means over steps.
 
     Raises: UserError when the metrics hold no loss, or the picture cannot be written.
     """
@@ -51,7 +51,10 @@ def draw_loss(metrics: str | Path, path: str | Path) -> Path:
     if "loss" not in series:
         raise UserError(f"{metrics} holds no loss yet")
     recalls = {name: s for name, s in series.items() if name.endswith("/r@10")}
-    panels: list[tuple[str, Mapping[str, Any]]] = [("loss", {"loss": series["loss"]})]
+    losses = {"training": series["loss"]}
+    if "validation/loss" in series:
+        losses["held out"] = series["validation/loss"]
+    panels: list[tuple[str, Mapping[str, Any]]] = [("loss", losses)]
     if "lr" in series:
         panels.append(("learning rate", {"lr": series["lr"]}))
     if recalls:

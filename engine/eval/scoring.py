@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from carillon.engine.config import UserError
-from carillon.engine.data.loader import DataConfig
+from carillon.engine.data.config import DataConfig
 from carillon.engine.eval.retrieval import NDCG_AT, RECALL_AT, retrieval_metrics
 from carillon.engine.eval.sets import (
     ChosenItems,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from carillon.engine.config import UserError, setting
-from carillon.engine.data.loader import DataConfig
+from carillon.engine.data.config import DataConfig
 from carillon.engine.data.order import HeldOut
 from carillon.engine.data.shards import SampleError, Split
 from carillon.engine.index.source import choose_split, training_set

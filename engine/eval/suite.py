@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carillon.engine.config import UserError, section, setting
-from carillon.engine.data.loader import DataConfig
+from carillon.engine.data.config import DataConfig
 from carillon.engine.data.publish import publish_file
 from carillon.engine.data.tokenizer import Tokenizer
 from carillon.engine.eval.scoring import (

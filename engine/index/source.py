@@ -1,7 +1,8 @@
 """Which split of which data set a command or a setting means, when it names little or nothing."""
 
 from carillon.engine.config import UserError
-from carillon.engine.data.loader import DataConfig, open_split
+from carillon.engine.data.config import DataConfig
+from carillon.engine.data.positioned import open_split
 from carillon.engine.data.shards import Dataset, Split, open_dataset
 
 

@@ -54,4 +54,5 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.width,), self.weight, self.eps)
+        # Of one type the fused kernel is taken; it computes in fp32 whatever that is.
+        return F.rms_norm(x, (self.width,), self.weight.to(x.dtype), self.eps)

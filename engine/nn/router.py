@@ -98,6 +98,8 @@ class Router(nn.Module):
         with torch.autocast(x_BLD.device.type, enabled=False):
             logits_BLE = F.linear(x_BLD.float(), self.weight.float())
         topk = resolve("moe_topk", x_BLD.device)
+        # Where x is not finite its loss is not either, by which the step is skipped.
+        logits_BLE = logits_BLE.nan_to_num(0.0, posinf=0.0, neginf=0.0)
         settings = (shape.k, shape.score, shape.renormalize, shape.scale, self.bias)
         # One call a row gives the statistics of rows; the choice is the same.
         by_row = [topk(logits_LE, *settings) for logits_LE in logits_BLE.unbind(0)]

@@ -121,10 +121,22 @@ def microbatch_size(config: DistributedConfig, given: int | None, share: int) ->
     return share // (enough[0] if enough else counts[-1])
 
 
-def microbatch_problem(config: DistributedConfig, given: int | None, share: int) -> str | None:
-    """Why a process's share of the batch cannot be cut into microbatches; none when it can."""
+def microbatch_problem(
+    config: DistributedConfig, given: int | None, share: int, *, equal: bool = False
+) -> str | None:
+    """Why a process's share of the batch cannot be cut into microbatches; none when it can.
+
+    `equal`: they must be of one size, as they are in pipelines.
+    """
     if config.pp == 1:
-        return None
+        if not equal or given is None or share % given == 0:
+            return None
+        sizes = [n for n in range(1, share + 1) if share % n == 0]
+        near = sorted(sorted(sizes, key=lambda n: abs(n - given))[:3])
+        return (
+            f"data.micro_batch_size: {given} does not divide a process's {share} rows, and "
+            f"microbatches are of one size; use {', '.join(map(str, near))}"
+        )
     size = microbatch_size(config, given, share)
     count = share / size
     if count == int(count) and allows(config, int(count)):
@@ -139,6 +151,6 @@ def microbatch_problem(config: DistributedConfig, given: int | None, share: int)
         way_out = f"set data.micro_batch_size to {', '.join(str(share // n) for n in near)}"
     told = f"{given} given" if given is not None else "none given"
     return (
-        f"data.micro_batch_size: {told}; of a process's {share} pairs, distributed.pp="
+        f"data.micro_batch_size: {told}; of a process's {share} samples, distributed.pp="
         f"{config.pp} with {config.pp_schedule} needs {need}; {way_out}"
     )

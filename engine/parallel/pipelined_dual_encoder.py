@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from carillon.engine.data.loader import Batch
+from carillon.engine.data.pairs import Batch
 from carillon.engine.models.towers.dual_encoder import MAX_LOGIT_SCALE, DualEncoder
 from carillon.engine.models.towers.stages import ScalePiece, TextPiece, VisionPiece, pieces
 from carillon.engine.parallel.config import DistributedConfig

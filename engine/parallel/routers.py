@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,16 +20,29 @@ from carillon.engine.parallel.collectives import sum_over
 
 @torch.no_grad()
 def finish_step(
-    routers: Iterable[Router], group: dist.ProcessGroup | None, *, move_bias: bool = True
+    routers: Iterable[Router],
+    group: dist.ProcessGroup | None,
+    *,
+    stages: dist.ProcessGroup | None = None,
+    move_bias: bool = True,
 ) -> dict[str, float]:
     """Sum the tallies since the last call over `group` (World.loss_group), move the biases unless
     the step was skipped, begin new tallies; returns what to log, a mean or extreme over layers.
 
-    A pipeline's stages have routers of their own: each logs its own.
+    `stages`: the processes of a pipeline, which have routers of their own each.
     """
-    routers = list(routers)
+    tallies = _finish(list(routers), group, move_bias)
+    if stages is not None:
+        parts: list[Any] = [None] * dist.get_world_size(stages)
+        dist.all_gather_object(parts, tallies, group=stages)
+        tallies = [tally for part in parts for tally in part]
+    return _facts(tallies) if tallies else {}
+
+
+def _finish(routers: list[Router], group: dist.ProcessGroup | None, move_bias: bool) -> list[Tally]:
+    """What each router tallied, over the group, on the host."""
     if not routers:
-        return {}
+        return []
     sums = sum_over(torch.cat([router.tally for router in routers]), group)
     tallies = []
     sizes = [len(router.tally) for router in routers]
@@ -38,7 +52,7 @@ def finish_step(
             router.balance_(tallied.slots)
         router.tally.zero_()
         tallies.append(Tally(*(part.cpu() for part in tallied)))
-    return _facts(tallies)
+    return tallies
 
 
 def _facts(tallies: list[Tally]) -> dict[str, float]:

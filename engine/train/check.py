@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from carillon.engine.models.towers.decoder_config import DecoderConfig
+    from carillon.engine.models.towers.dual_encoder import DualEncoderConfig
 
 EXAMPLES = """examples:
   carillon config check recipes/emoji_quickstart.yaml
@@ -22,22 +27,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from carillon.engine.config import config_hash, to_yaml
-    from carillon.engine.models.catalog import text_config, vision_config
-    from carillon.engine.models.towers.dual_encoder import build_dual_encoder, count_parameters
-    from carillon.engine.train.run import load_config, run_name
+    from carillon.engine.models.towers.decoder_config import DecoderConfig
+    from carillon.engine.train.run_config import load_config, run_name
 
     config = load_config(args.file, args.overrides)
     if args.resolved:
         print(to_yaml(config), end="")
         return 0
     vocab_size = config.data.tokenizer.vocab_size
-    model = build_dual_encoder(config.model, vocab_size=vocab_size, device="meta")
-    vision = vision_config(config.model.vision_backbone, config.model.vision)
-    text = text_config(config.model.text_backbone, config.model.text)
+    if isinstance(config.model, DecoderConfig):
+        facts = _decoder_facts(config.model, config.data.documents_per_row, vocab_size)
+    else:
+        facts = _dual_encoder_facts(config.model, vocab_size)
     print(f"{args.file}: good")
-    print(f"  run         {run_name(config)}")
-    print(f"  hash        {config_hash(config)}")
-    print(f"  parameters  {count_parameters(model):,} (vocabulary of {vocab_size:,})")
-    print(f"  pictures    {vision.image_size} px in patches of {vision.patch_size}")
-    print(f"  captions    up to {text.context} tokens")
+    for name, fact in {"run": run_name(config), "hash": config_hash(config), **facts}.items():
+        print(f"  {name:<10}  {fact}")
     return 0
+
+
+def _dual_encoder_facts(config: DualEncoderConfig, vocab_size: int) -> dict[str, str]:
+    from carillon.engine.models.catalog import text_config, vision_config
+    from carillon.engine.models.towers.dual_encoder import build_dual_encoder, count_parameters
+
+    num = count_parameters(build_dual_encoder(config, vocab_size=vocab_size, device="meta"))
+    vision = vision_config(config.vision_backbone, config.vision)
+    text = text_config(config.text_backbone, config.text)
+    return {
+        "parameters": f"{num:,} (vocabulary of {vocab_size:,})",
+        "pictures": f"{vision.image_size} px in patches of {vision.patch_size}",
+        "captions": f"up to {text.context} tokens",
+    }
+
+
+def _decoder_facts(config: DecoderConfig, num_documents: int, vocab_size: int) -> dict[str, str]:
+    from carillon.engine.models.towers.decoder import build_decoder
+
+    model = build_decoder(config, vocab_size=vocab_size, device="meta")
+    num = sum(parameter.numel() for parameter in model.parameters())
+    moe = config.moe
+    experts = "none" if moe.num_experts is None else f"{moe.num_experts}, {moe.k} a token"
+    return {
+        "parameters": f"{num:,} (vocabulary of {vocab_size:,})",
+        "experts": experts + (f", {moe.shared_experts} shared" if moe.shared_experts else ""),
+        "rows": f"{num_documents} captions in {config.context} tokens",
+    }

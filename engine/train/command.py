@@ -31,6 +31,6 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     # Imported here: torch takes seconds, and a wrong flag should answer at once.
     from carillon.engine.train.launch import train
-    from carillon.engine.train.run import load_config
+    from carillon.engine.train.run_config import load_config
 
     return train(load_config(args.config, args.overrides), fresh=args.fresh)

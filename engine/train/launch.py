@@ -10,21 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch import Tensor
 
 from carillon.engine.config import UserError, config_hash, to_values
-from carillon.engine.data.loader import PositionedSamples, TrainingLoader, open_split, open_training
+from carillon.engine.data.order import HeldOut
 from carillon.engine.data.pair_ids import check_field
+from carillon.engine.data.positioned import open_split, open_training
 from carillon.engine.data.shards import Dataset, Split
 from carillon.engine.data.tokenizer import Tokenizer, captions_of
 from carillon.engine.eval.report import draw_loss
-from carillon.engine.eval.suite import check_in_training, evaluate_in_training
+from carillon.engine.eval.suite import check_in_training
 from carillon.engine.log import Sink, configure_logging, logger, open_sinks
-from carillon.engine.models.catalog import text_config, vision_config
-from carillon.engine.parallel.apply import apply_layout
+from carillon.engine.models.towers.decoder_config import DecoderConfig
 from carillon.engine.parallel.determinism import fixed_order
 from carillon.engine.parallel.mesh import World, degrees_of
 from carillon.engine.parallel.pipeline_split import microbatch_problem
@@ -32,16 +31,13 @@ from carillon.engine.parallel.start import start_world
 from carillon.engine.parallel.watchdog import Watchdog
 from carillon.engine.registry.recorder import RunRecorder
 from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints
+from carillon.engine.train.decoder_task import DecoderTask
+from carillon.engine.train.dual_encoder_task import DualEncoderTask
 from carillon.engine.train.guard import TrainingStopped
-from carillon.engine.train.run import (
-    RunConfig,
-    RunFolder,
-    describe_run,
-    git_commit,
-    new_model,
-    run_name,
-)
-from carillon.engine.train.stop import StopAsked, StopRequest
+from carillon.engine.train.run import RunFolder, describe_run, git_commit
+from carillon.engine.train.run_config import RunConfig, run_name
+from carillon.engine.train.stop import StopRequest
+from carillon.engine.train.task import Task
 from carillon.engine.train.trainer import Trainer
 
 EXIT_OK, EXIT_USER_ERROR, EXIT_STOPPED = 0, 2, 3
@@ -71,7 +67,6 @@ def _train(config: RunConfig, world: World, fresh: bool, stop: StopRequest) -> i
         # Before the run's folder is touched: `--fresh` must not move a good run aside for nothing.
         # The main rank goes first: it may have to index plain tars, which the others then find.
         on_main(world, lambda: _check_data(config), share=False)
-        on_main(world, lambda: check_in_training(config.evaluation, config.data), share=False)
         folder = on_main(world, lambda: RunFolder(config, fresh=fresh), share=False)
         path = Path(config.logging.output) / run_name(config)
         try:
@@ -90,6 +85,15 @@ def _train(config: RunConfig, world: World, fresh: bool, stop: StopRequest) -> i
 
 def _check_data(config: RunConfig) -> None:
     split = open_split(config.data)
+    if isinstance(config.model, DecoderConfig):
+        every = config.data.validation_every
+        if config.evaluation.in_training.every and not HeldOut(len(split), every).num_validation:
+            raise UserError(
+                f"data.validation_every: {every} holds out none of {len(split):,} rows, and "
+                "evaluation.in_training.every asks for scores on them; use less, or every=0"
+            )
+        return
+    check_in_training(config.evaluation, config.data)
     if config.loss.itc.same_field is not None:
         check_field(split, config.loss.itc.same_field)
 
@@ -102,10 +106,13 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         fits = [n for n in range(1, min(batch, 4 * data) + 1) if batch % n == 0]
         near = ", ".join(map(str, sorted(sorted(fits, key=lambda n: abs(n - data))[:3])))
         raise UserError(
-            f"data.batch_size: {batch} pairs do not divide over {data} data-parallel processes; "
+            f"data.batch_size: {batch} do not divide over {data} data-parallel processes; "
             f"use {near} processes, or another batch size"
         )
-    problem = microbatch_problem(config.distributed, config.data.micro_batch_size, batch // data)
+    equal = isinstance(config.model, DecoderConfig)  # routers' losses are means of microbatches
+    problem = microbatch_problem(
+        config.distributed, config.data.micro_batch_size, batch // data, equal=equal
+    )
     if problem is not None:
         raise UserError(problem)
 
@@ -173,7 +180,7 @@ def _train_in(
 
 def _prepare(
     config: RunConfig, world: World, path: Path, folder: RunFolder | None, stop: StopRequest
-) -> tuple[Dataset, Trainer]:
+) -> tuple[Dataset, Trainer[Any]]:
     """The data and a trainer that stands where the run's last checkpoint left it."""
     dataset, split = open_training(config.data)
     tokenizer = _tokenizer(config, world, path)
@@ -187,37 +194,22 @@ def _prepare(
         return found[-1] if found else None
 
     checkpoint = on_main(world, record)
-    trainer = Trainer(
-        config,
-        world,
-        model=apply_layout(new_model(config, tokenizer.vocab_size), config.distributed, world),
-        loader=_loader(config, world, split, tokenizer),
-        path=path,
-        evaluator=_evaluator(config, world, tokenizer, stop),
-        stop=stop,
-    )
+    task = _task(config, world, split, tokenizer, stop)
+    trainer = Trainer(config, world, task, path=path, stop=stop)
     if checkpoint is not None:
         trainer.resume(checkpoint)
     return dataset, trainer
 
 
-def _loader(config: RunConfig, world: World, split: Split, tokenizer: Tokenizer) -> TrainingLoader:
-    samples = PositionedSamples(
-        split,
-        config.data,
-        tokenizer,
-        size=vision_config(config.model.vision_backbone, config.model.vision).image_size,
-        context=text_config(config.model.text_backbone, config.model.text).context,
-        seed=config.experiment.seed,
-        same_field=config.loss.itc.same_field,
-    )
-    return TrainingLoader(
-        samples, rank=world.data_rank, world_size=world.degrees.data, device=world.device
-    )
+def _task(
+    config: RunConfig, world: World, split: Split, tokenizer: Tokenizer, stop: StopRequest
+) -> Task[Any]:
+    kind = DecoderTask if isinstance(config.model, DecoderConfig) else DualEncoderTask
+    return kind(config, world, split, tokenizer, before_batch=stop.check)
 
 
 def _fit(
-    trainer: Trainer, config: RunConfig, world: World, path: Path, recorder: RunRecorder | None
+    trainer: Trainer[Any], config: RunConfig, world: World, path: Path, recorder: RunRecorder | None
 ) -> bool:
     sinks: list[Sink] = []
 
@@ -239,7 +231,8 @@ def _fit(
     if world.is_main:
         _draw_loss(path)
         if finished:
-            logger.info("run %s is done; score it with: carillon eval run %s", path, path)
+            scored = f"; score it with: carillon eval run {path}"
+            logger.info("run %s is done%s", path, scored if trainer.task.has_evaluation else "")
         elif trainer.guard.is_skipping:
             logger.warning(
                 "stopped at step %d while steps were being skipped, which is not saved; the same "
@@ -292,29 +285,3 @@ def _same_tokenizer(run: Path, given: Tokenizer, own: Tokenizer) -> None:
             f"(fingerprint {given.fingerprint[:12]}, the run has {own.fingerprint[:12]}); "
             "restore it, or start anew with --fresh"
         )
-
-
-def _evaluator(
-    config: RunConfig, world: World, tokenizer: Tokenizer, stop: StopRequest
-) -> Callable[[int, Mapping[str, Tensor]], dict[str, float]]:
-    """Scores whole weights on the main rank; the others go on and wait at the next collective."""
-
-    def score(step: int, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        if not world.is_main:
-            return {}
-        model = new_model(config, tokenizer.vocab_size).to(world.device)
-        model.load_state_dict(dict(weights))
-        try:
-            return evaluate_in_training(
-                model,
-                tokenizer,
-                config.evaluation,
-                config.data,
-                bf16=config.distributed.precision != "fp32",
-                before_batch=stop.check,
-            )
-        except StopAsked:
-            logger.info("the evaluation at step %d is left: a signal asked to stop", step)
-            return {}
-
-    return score

@@ -3,7 +3,8 @@
 Model FLOPs: each caption at its own length (attention is quadratic in it), each picture by its
 patches, forward once and backward twice that. What is computed again (recompute, the first pass of
 cached gradients) and padding are no part of them. `computed` counts a batch as it is laid out, each
-caption as long as the longest of its process: by it a process is late or early.
+caption as long as the longest of its process, or in a row with the padding of that: by it a process
+is late or early.
 A known GPU's dense bf16 peak comes from its data sheet; any other device is measured once with a
 large product, so on a CPU the figure is a share of what its matrix library reaches.
 Status: the CUDA branch has not run on a GPU yet.
@@ -13,13 +14,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from carillon.engine.data.loader import Batch
-from carillon.engine.parallel.apply import LaidOut
+from carillon.engine.data.packed_captions import CaptionRows
+from carillon.engine.data.pairs import Batch
 
 _DATA_SHEET_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
@@ -61,28 +62,38 @@ class Work(NamedTuple):
     computed: float
 
 
-class WorkCounter:
-    """Counts batches of one model."""
+def work_of_pairs(batch: Batch, flops_per_sample: Callable[[int, int], int]) -> Work:
+    """Of one process's share, which is read on the host: call it before it is moved.
 
-    def __init__(self, model: LaidOut) -> None:
-        self._model = model
-        self._known: dict[tuple[int, int], int] = {}
+    `flops_per_sample`: a forward pass of a picture of so many pixels a side and a caption of so
+    many tokens.
+    """
+    size, padded = batch.images.shape[1], batch.tokens.shape[1]
+    lengths = Counter(batch.lengths.tolist())
+    flops = sum(num * flops_per_sample(size, length) for length, num in lengths.items())
+    return Work(
+        tokens=sum(num * length for length, num in lengths.items()),
+        flops=3.0 * flops,
+        computed=3.0 * len(batch.keys) * flops_per_sample(size, padded),
+    )
 
-    def of(self, batch: Batch) -> Work:
-        """Of one process's share, which is read on the host: call it before it is moved."""
-        size, padded = batch.images.shape[1], batch.tokens.shape[1]
-        lengths = Counter(batch.lengths.tolist())
-        return Work(
-            tokens=sum(num * length for length, num in lengths.items()),
-            flops=3.0 * sum(num * self._forward(size, length) for length, num in lengths.items()),
-            computed=3.0 * len(batch.keys) * self._forward(size, padded),
-        )
 
-    def _forward(self, size: int, length: int) -> int:
-        known = self._known.get((size, length))
-        if known is None:
-            known = self._known[size, length] = self._model.flops_per_sample(size, length)
-        return known
+def work_of_rows(batch: CaptionRows, flops_per_token: Callable[[int], int]) -> Work:
+    """The same of rows: each caption for itself; as laid out there is padding, too.
+
+    `flops_per_token`: a forward pass of a token among so many.
+    """
+
+    def flops(lengths: Counter[int]) -> float:
+        return 3.0 * sum(num * own * flops_per_token(own) for own, num in lengths.items() if own)
+
+    lengths = Counter(batch.lengths().tolist())
+    padding = Counter(batch.padding().tolist())
+    return Work(
+        tokens=sum(num * own for own, num in lengths.items()),
+        flops=flops(lengths),
+        computed=flops(lengths + padding),
+    )
 
 
 class GlobalWork(NamedTuple):
@@ -96,18 +107,18 @@ class GlobalWork(NamedTuple):
 class Throughput:
     """Rates between two log lines, and what of the time and of the work was for nothing."""
 
-    def __init__(self, peak: float, world_size: int) -> None:
-        self._peak, self._world_size = peak, world_size
+    def __init__(self, peak: float, world_size: int, rate_name: str = "images_per_s") -> None:
+        self._peak, self._world_size, self._rate_name = peak, world_size, rate_name
         self._start()
 
     def _start(self) -> None:
         self._since = time.perf_counter()
-        self._pairs, self._tokens, self._flops, self._waited_s = 0, 0.0, 0.0, 0.0
+        self._rows, self._tokens, self._flops, self._waited_s = 0, 0.0, 0.0, 0.0
         self._computed, self._largest, self._mean = 0.0, 0.0, 0.0
 
-    def add(self, *, pairs: int, work: GlobalWork, waited_s: float) -> None:
-        """Count one step: global pairs, their work, seconds waited for data."""
-        self._pairs += pairs
+    def add(self, *, rows: int, work: GlobalWork, waited_s: float) -> None:
+        """Count one step: global pairs or rows, their work, seconds waited for data."""
+        self._rows += rows
         self._tokens += work.tokens
         self._flops += work.flops
         self._waited_s += waited_s
@@ -129,7 +140,7 @@ class Throughput:
         per_process = self._flops / elapsed / self._world_size
         data_share = self._waited_s / elapsed
         rates = {
-            "images_per_s": self._pairs / elapsed,
+            self._rate_name: self._rows / elapsed,
             "tokens_per_s": self._tokens / elapsed,
             "tflops": per_process / 1e12,
             "mfu": per_process / self._peak,

@@ -11,179 +11,23 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch import Tensor
 
-from carillon.engine.config import (
-    UserError,
-    build,
-    config_hash,
-    load,
-    read_values,
-    section,
-    setting,
-    to_yaml,
-)
-from carillon.engine.data.loader import DataConfig
+from carillon.engine.config import UserError, build, config_hash, read_values, to_yaml
 from carillon.engine.data.shards import Dataset
 from carillon.engine.data.tokenizer import Tokenizer
-from carillon.engine.eval.suite import EvaluationConfig
-from carillon.engine.log import LoggingConfig
-from carillon.engine.losses.contrastive import LossConfig
-from carillon.engine.models.catalog import text_config
-from carillon.engine.models.plans import depths, split_sizes
-from carillon.engine.models.towers.dual_encoder import (
-    DualEncoder,
-    DualEncoderConfig,
-    build_dual_encoder,
-)
-from carillon.engine.nn.fp8 import UNIT as FP8_UNIT
-from carillon.engine.parallel.config import DistributedConfig
-from carillon.engine.parallel.pipeline_split import split_problems
+from carillon.engine.models.towers.dual_encoder import DualEncoder, DualEncoderConfig
 from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints, write_durably
 from carillon.engine.train.checkpoint_reader import read_tensors
-from carillon.engine.train.optim import OptimizationConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExperimentConfig:
-    """`experiment`."""
-
-    name: str = setting("experiment", "Begins the name of the run folder.")
-    seed: int = setting(
-        1337, "Seeds weights, order, captions and augmentation.", min=0, max=2**63 - 1
-    )
-
-    def check(self) -> Iterator[str]:
-        allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
-        if not self.name or self.name[0] in ".-" or set(self.name) - allowed:
-            yield f"name: {self.name!r} given; letters, digits, '.', '_' and '-' are allowed"
-
-
-@dataclass(frozen=True, kw_only=True)
-class HardMiningConfig:
-    """`negatives.hard_mining`."""
-
-    enabled: bool = setting(False, "Mine hard negatives with the current checkpoint.")
-    refresh_steps: int = setting(20_000, "Steps between two minings.", min=1)
-    k: int = setting(50, "Neighbours taken of each query.", min=1)
-
-    def check(self) -> Iterator[str]:
-        if self.enabled:
-            yield (
-                "enabled: true given; hard-negative mining comes with the retrieval side (index "
-                "and mining). Set negatives.hard_mining.enabled=false until then"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class NegativesConfig:
-    """`negatives`: what a pair is contrasted with."""
-
-    in_batch: bool = setting(True, "The other pairs of the global batch.")
-    hard_mining: HardMiningConfig = section(HardMiningConfig)
-
-    def check(self) -> Iterator[str]:
-        if not self.in_batch:
-            yield "in_batch: false leaves no negatives while hard mining is off; set it to true"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """A whole training config: the root of every recipe."""
-
-    experiment: ExperimentConfig = section(ExperimentConfig)
-    data: DataConfig = section(DataConfig)
-    model: DualEncoderConfig = section(DualEncoderConfig)
-    loss: LossConfig = section(LossConfig)
-    optimization: OptimizationConfig = section(OptimizationConfig)
-    distributed: DistributedConfig = section(DistributedConfig)
-    negatives: NegativesConfig = section(NegativesConfig)
-    evaluation: EvaluationConfig = section(EvaluationConfig)
-    logging: LoggingConfig = section(LoggingConfig, hashed=False)
-
-    def check(self) -> Iterator[str]:
-        try:
-            context = text_config(self.model.text_backbone, self.model.text).context
-        except UserError:  # an unknown backbone, which the model section reports
-            return
-        tp, ep, whole = (
-            self.distributed.tp,
-            self.distributed.ep,
-            self.distributed.tp_whole_tower,
-        )
-        if ep > 1:
-            yield f"distributed.ep: {ep} given, but a dual encoder has no experts; use ep=1"
-        for name, size in (
-            split_sizes(self.model, whole, "num_heads", "mlp_width") if tp > 1 else ()
-        ):
-            if size % tp:
-                fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-                yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"
-        if self.distributed.cp > 1:
-            yield (
-                f"distributed.cp: {self.distributed.cp} given, but the dual encoder's sequences "
-                "are short: they are not cut. Set distributed.cp=1, and give those processes to "
-                "data parallelism (distributed.zero_stage) or tp"
-            )
-        if self.distributed.precision == "fp8":
-            yield from self._check_fp8()
-        yield from split_problems(self.distributed, depths(self.model))
-        asked = self.data.augment.text.max_len
-        if asked is not None and asked > context:
-            yield (
-                f"data.augment.text.max_len: {asked} is more than the text model's context "
-                f"({context}); raise model.text.context to it, or lower max_len"
-            )
-
-    def _check_fp8(self) -> Iterator[str]:
-        tp, kept = self.distributed.tp, self.distributed.fp8_keep_blocks
-        whole = self.distributed.tp_whole_tower
-        for name, size in split_sizes(self.model, whole, "width", "mlp_width") if tp > 1 else ():
-            if size % FP8_UNIT == 0 and size // tp % FP8_UNIT:  # 8 bits in one process only
-                fits = ", ".join(
-                    str(n) for n in range(1, tp) if size % n == 0 and size // n % FP8_UNIT == 0
-                )
-                yield (
-                    f"distributed.tp: {tp} leaves a share of {name} ({size}) that is no multiple "
-                    f"of {FP8_UNIT}, as 8-bit products need; use one of {fits}, or precision=bf16"
-                )
-        if all(2 * kept >= depth for depth in depths(self.model).values()):
-            deepest = max(depths(self.model).values())
-            yield (
-                f"distributed.fp8_keep_blocks: {kept} at either end leave none of up to {deepest} "
-                f"blocks in 8 bits; use at most {(deepest - 1) // 2}, or precision=bf16"
-            )
-
-
-def run_name(config: RunConfig) -> str:
-    return f"{config.experiment.name}-{config_hash(config)[:8]}"
-
-
-def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
-    return load(path, overrides, RunConfig)
-
-
-def new_model(config: RunConfig, vocab_size: int) -> DualEncoder:
-    """The model of a config, weights drawn from its seed."""
-    sigmoid = config.loss.itc.kind == "sigmoid"
-    return build_dual_encoder(
-        config.model,
-        vocab_size=vocab_size,
-        init_logit_scale=-math.log(config.loss.itc.temperature),
-        init_bias=config.loss.itc.bias if sigmoid else None,
-        generator=torch.Generator().manual_seed(config.experiment.seed),
-    )
+from carillon.engine.train.run_config import RunConfig, new_dual_encoder, run_name
 
 
 class RunFolder:
@@ -372,11 +216,16 @@ def load_run(run: str | Path, *, checkpoint: str = "latest") -> LoadedRun:
     """
     path = find_run(run)
     config = read_config(path)
+    if not isinstance(config.model, DualEncoderConfig):
+        raise UserError(
+            f"run {path} trained a {config.model.type}, which embeds nothing; give the run of a "
+            "dual encoder. What a decoder scores on held-out rows is in its metrics.jsonl"
+        )
     found = find_checkpoint(path, checkpoint)
     found.verify()
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     _check_unchanged(path, tokenizer)
-    model = new_model(config, tokenizer.vocab_size)
+    model = new_dual_encoder(config, tokenizer.vocab_size)
     prefix = "model" if config.optimization.ema_decay is None else "average"
     weights: dict[str, Tensor] = {f"{prefix}.{n}": p for n, p in model.named_parameters()}
     read_tensors(found, {name: value.detach() for name, value in weights.items()}, partial=True)

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from carillon.engine.train.run import RunConfig
+    from carillon.engine.train.run_config import RunConfig
 
     listed = list(documented(RunConfig))
     if args.section:
@@ -61,9 +61,12 @@ def _tables(settings: list[Documented]) -> Iterator[str]:
     """A table per section, in the order of their first settings."""
     sections: dict[str, list[Documented]] = {}
     for one in settings:
-        sections.setdefault(one.key.rpartition(".")[0], []).append(one)
+        where = f"`{one.key.rpartition('.')[0]}`"
+        if one.kind is not None:
+            where += f", `type: {one.kind}`"
+        sections.setdefault(where, []).append(one)
     for section, members in sections.items():
-        yield f"\n## `{section}`\n"
+        yield f"\n## {section}\n"
         yield "| setting | value | default | hashed | what it does |"
         yield "| --- | --- | --- | --- | --- |"
         for one in members:

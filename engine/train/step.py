@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from carillon.engine.data.loader import Batch
+from carillon.engine.data.pairs import Batch
 from carillon.engine.data.transforms import normalize
 from carillon.engine.models.towers.dual_encoder import DualEncoder, DualFeatures
 from carillon.engine.parallel.apply import LaidOut, gradient_sync

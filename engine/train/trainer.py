@@ -1,11 +1,11 @@
-"""The training loop: data -> features -> loss -> gradients -> step, with everything that surrounds
-it.
+"""The training loop: data -> loss -> gradients -> step, with everything that surrounds it.
 
 Order of one step: batch, forward and backward, clip, judge, optimizer, average, log, evaluate,
 save. One small reduction a step carries the loss, the wish to stop and what was counted, so all
 ranks decide alike. Random numbers are keyed by step, position and seed, never by what ran before,
-so a checkpoint needs no generator state and a resumed run repeats the unbroken one. Left out:
-anything a recipe can express by config; there are no callbacks.
+so a checkpoint needs no generator state and a resumed run repeats the unbroken one. What is of one
+kind of model is the task's (task.py). Left out: anything a recipe can express by config; there are
+no callbacks.
 """
 
 from __future__ import annotations
@@ -14,23 +14,20 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from carillon.engine.config import UserError, config_hash
-from carillon.engine.data.loader import Batch, TrainingLoader
 from carillon.engine.data.order import stable_hash
+from carillon.engine.data.positioned import B
 from carillon.engine.log import Progress, Sink, cut_jsonl, logger
-from carillon.engine.losses.contrastive import ContrastiveObjective
-from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.nn.fp8_layers import delayed_scaling, full_products
-from carillon.engine.parallel.apply import LaidOut
 from carillon.engine.parallel.collectives import (
     by_mesh,
     gradient_norm,
@@ -40,51 +37,44 @@ from carillon.engine.parallel.collectives import (
 )
 from carillon.engine.parallel.mesh import World
 from carillon.engine.parallel.pipeline import gather_named
-from carillon.engine.parallel.pipeline_split import microbatch_size
-from carillon.engine.parallel.pipelined_dual_encoder import PipelinedDualEncoder
 from carillon.engine.train.checkpoint import Checkpoint, CheckpointStore
 from carillon.engine.train.checkpoint_reader import read_tensors
 from carillon.engine.train.communication import CommunicationProbe
 from carillon.engine.train.fp8_shadow import Fp8Shadow
 from carillon.engine.train.guard import StepGuard, TrainingStopped
 from carillon.engine.train.optim import NamedAdamW, WeightAverage, learning_rate
-from carillon.engine.train.profile import GlobalWork, Throughput, Work, WorkCounter, peak_flops
-from carillon.engine.train.run import RunConfig
-from carillon.engine.train.step import forward_backward, loss_alone
-from carillon.engine.train.stop import StopRequest
+from carillon.engine.train.profile import GlobalWork, Throughput, Work, peak_flops
+from carillon.engine.train.run_config import RunConfig
+from carillon.engine.train.stop import StopAsked, StopRequest
+from carillon.engine.train.task import Task
 
-# Called on every rank with the step and the whole weights; returns metrics on the main rank.
-Evaluator = Callable[[int, Mapping[str, Tensor]], dict[str, float]]
 # Called on the main rank once a checkpoint is complete, with the numbers of its step.
 OnCheckpoint = Callable[[Checkpoint, Mapping[str, float]], None]
 
 
-class Trainer:
-    """Owns the state of a run: model, optimizer, average, loader position and guard."""
+class Trainer(Generic[B]):
+    """Owns the state of a run: optimizer, average, guard, and by its task model and loader."""
 
     def __init__(
         self,
         config: RunConfig,
         world: World,
+        task: Task[B],
         *,
-        model: LaidOut,
-        loader: TrainingLoader,
         path: Path,
-        evaluator: Evaluator,
         stop: StopRequest,
     ) -> None:
-        self.config, self.world, self.path = config, world, path
-        self.model, self.loader = model, loader
+        self.config, self.world, self.path, self.task = config, world, path, task
+        self.model, self.loader = task.model, task.loader
         self._sinks: list[Sink] = []
-        self._evaluator, self._stop = evaluator, stop
+        self._stop = stop
         self._on_checkpoint: OnCheckpoint | None = None
         optimization = config.optimization
-        self.optimizer = NamedAdamW(model, optimization, model.no_decay_names())
+        self.optimizer = NamedAdamW(self.model, optimization, task.no_decay_names())
         decay = optimization.ema_decay
-        self.average = WeightAverage(model, decay) if decay is not None else None
-        self.objective = ContrastiveObjective(config.loss.itc)
+        self.average = WeightAverage(self.model, decay) if decay is not None else None
         self.guard = StepGuard(optimization.guard)
-        self.fp8_scaling = delayed_scaling(model)
+        self.fp8_scaling = delayed_scaling(self.model)
         self.shadow = Fp8Shadow(config.distributed.fp8_shadow)
         self.store = CheckpointStore(
             path / "checkpoints",
@@ -92,14 +82,13 @@ class Trainer:
             is_main=world.is_main,
             form=config.logging.checkpoint_form,
         )
-        num_samples = loader.samples.held_out.num_training
-        self.num_steps = optimization.num_steps(num_samples, config.data.batch_size)
+        self._per_epoch = self.loader.samples.num_per_epoch
+        self.num_steps = optimization.num_steps(self._per_epoch, config.data.batch_size)
         if optimization.warmup_steps > self.num_steps:
             raise UserError(
                 f"optimization.warmup_steps: {optimization.warmup_steps} is more than the "
-                f"{self.num_steps} steps that optimization.epochs makes of {num_samples:,} rows"
+                f"{self.num_steps} steps that optimization.epochs makes of {self._per_epoch:,} rows"
             )
-        self._counter = WorkCounter(model)
         self.step = 0
         self.best: dict[int, float] = {}
         self._metric: float | None = None
@@ -137,7 +126,9 @@ class Trainer:
             for name in ("sample_keys.jsonl", "skipped_steps.jsonl"):
                 cut_jsonl(self.path / name, self.step)
         progress = Progress(self.num_steps, self.step) if self.world.is_main else None
-        meter = Throughput(self._peak(), self.world.size) if self.world.is_main else None
+        meter = None
+        if self.world.is_main:
+            meter = Throughput(self._peak(), self.world.size, self.task.rate_name)
         # Workers ignore SIGTERM, so any that an error left behind would hang the process's exit.
         with closing(iter(self.loader)) as batches:
             try:
@@ -154,7 +145,7 @@ class Trainer:
         return self.step >= self.num_steps
 
     def _loop(
-        self, batches: Iterator[Batch], progress: Progress | None, meter: Throughput | None
+        self, batches: Iterator[B], progress: Progress | None, meter: Throughput | None
     ) -> None:
         started, first, stop = time.monotonic(), self.step, False
         while self.step < self.num_steps and not stop:
@@ -167,8 +158,8 @@ class Trainer:
                 values, stop, work = self._train_step(batch)
             self.step += 1
             if meter is not None and progress is not None:
-                pairs = self.config.data.batch_size
-                meter.add(pairs=pairs, work=work, waited_s=waited_s)
+                rows = self.config.data.batch_size
+                meter.add(rows=rows, work=work, waited_s=waited_s)
                 if probe is not None:
                     meter.exclude(probe.overhead_s)
                 written = self._due_log() or self.shadow.due(self.step) or probe is not None
@@ -185,7 +176,7 @@ class Trainer:
             if meter is not None:
                 meter.exclude(time.perf_counter() - aside)
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
+    def _next(self, batches: Iterator[B]) -> B:
         try:
             return next(batches)
         except UserError as error:
@@ -228,23 +219,13 @@ class Trainer:
         fp32 = self.config.distributed.precision == "fp32"  # fp8's MFU too is of the bf16 peak
         return peak_flops(self.world.device, torch.float32 if fp32 else torch.bfloat16)
 
-    def _train_step(self, batch: Batch) -> tuple[dict[str, float], bool, GlobalWork]:
+    def _train_step(self, batch: B) -> tuple[dict[str, float], bool, GlobalWork]:
         self._report_batch(batch)
-        work = self._counter.of(batch)
+        work = self.task.work(batch)
         torch.manual_seed(stable_hash(self.config.experiment.seed, "step", self.step))
         local = batch.to(self.world.device)
-        size = microbatch_size(
-            self.config.distributed, self.config.data.micro_batch_size, len(batch.keys)
-        )
-        shadow = self._shadow_loss(local, size) if self.shadow.due(self.step + 1) else None
-        loss = forward_backward(
-            self.model,
-            self.objective,
-            local,
-            size,
-            group=self.world.data_group,
-            autocast=self._autocast,
-        )
+        shadow = self._shadow_loss(local) if self.shadow.due(self.step + 1) else None
+        loss = self.task.forward_backward(local)
         norm = self._clip()
         mean_loss, stop, counts, global_work = self._reduce(loss, work)
         self._loss = mean_loss
@@ -256,9 +237,9 @@ class Trainer:
             if verdict.reason and self.world.is_main:
                 logger.warning("step %d: %s", self.step + 1, verdict.reason)
             self.optimizer.step(rate)
-            self.model.clamp_scale_()
-            if self.average is not None:
-                self.average.update(self.model)
+        facts = self.task.end_step(skipped=verdict.skip)
+        if not verdict.skip and self.average is not None:
+            self.average.update(self.model)
         self.optimizer.zero_grad()
         if self.fp8_scaling is not None:
             largest = partial(largest_over, group=self.world.group)
@@ -266,35 +247,25 @@ class Trainer:
         self.guard.check()
         self.loader.check_bad_share(**counts)
         values = {"loss": mean_loss, "lr": rate, "grad_norm": norm, "skipped": float(verdict.skip)}
-        values["epoch"] = self.loader.position / self.loader.samples.held_out.num_training
+        values["epoch"] = self.loader.position / self._per_epoch
         values["bad_samples"] = float(counts["num_bad"])
         values["filtered_samples"] = float(counts["num_filtered"])
+        values |= facts
         if shadow is not None:
             values["fp8_gap"] = self.shadow.judge(mean_loss, shadow)
             self.shadow.check()
         return values, stop, global_work
 
-    def _shadow_loss(self, batch: Batch, size: int) -> float:
+    def _shadow_loss(self, batch: B) -> float:
         """Of the global batch and the weights before this step, by bfloat16 products."""
-        assert isinstance(self.model, DualEncoder)  # fp8 runs in no pipeline
         with full_products(self.model):
-            loss = loss_alone(
-                self.model,
-                self.objective,
-                batch,
-                size,
-                group=self.world.data_group,
-                autocast=self._autocast,
-            )
+            loss = self.task.loss_alone(batch)
         total = sum_over(loss.detach().double().reshape(1), self.world.group)
         return float(total) / self.world.size
 
     def _clip(self) -> float:
         limit = self.config.optimization.clip_norm or math.inf
-        if isinstance(self.model, PipelinedDualEncoder):
-            norm = gradient_norm(self.model.counted_parameters(), self._pipeline)
-        else:
-            norm = gradient_norm(self.model.parameters())
+        norm = gradient_norm(self.task.counted_parameters(), self._pipeline)
         for parameters in by_mesh(self.model.parameters()):
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return float(norm)
@@ -315,12 +286,7 @@ class Trainer:
         work_of_all = GlobalWork(tokens, flops, of_ranks)
         return sum_of_losses / self.world.size, asked > 0, total, work_of_all
 
-    def _autocast(self) -> AbstractContextManager[None]:
-        if self.config.distributed.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
-
-    def _report_batch(self, batch: Batch) -> None:
+    def _report_batch(self, batch: B) -> None:
         for key, reason in batch.bad:
             logger.warning("step %d: bad sample %s replaced: %s", self.step + 1, key, reason)
         if self.config.logging.sample_keys:
@@ -330,7 +296,7 @@ class Trainer:
                 with (self.path / "sample_keys.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")
 
-    def _report_skip(self, batch: Batch, reason: str | None) -> None:
+    def _report_skip(self, batch: B, reason: str | None) -> None:
         keys = [key for part in self._gather(batch.keys) for key in part]
         if not self.world.is_main:
             return
@@ -357,12 +323,15 @@ class Trainer:
         every = self.config.evaluation.in_training.every
         if not every or not self._due(every) or self.guard.is_skipping:
             return
-        metrics = self._evaluator(self.step, self._weights())
-        self._metric = metrics.get("retrieval/mean_r@10")
-        if self.world.is_main and metrics:
-            self._write(metrics)
-            if self._metric is not None:
-                logger.info("step %d  retrieval: mean R@10 %.2f%%", self.step, 100 * self._metric)
+        try:
+            score = self.task.evaluate(self._weights())
+        except StopAsked:
+            logger.info("the evaluation at step %d is left: a signal asked to stop", self.step)
+            return
+        if score is not None:
+            self._metric = score.best
+            self._write(score.metrics)
+            logger.info("step %d  %s", self.step, score.told)
 
     def _weights(self) -> dict[str, Tensor]:
         """Whole plain tensors of what is evaluated, on the main rank: the average when one is
@@ -371,6 +340,7 @@ class Trainer:
         if self.average is not None:
             source = self.average.tensors
         weights = {name: whole(value.detach()) for name, value in source.items()}
+        weights |= self.task.buffers()
         return gather_named(weights, self._pipeline, to_all=False)
 
     @property
@@ -390,6 +360,7 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}
+        tensors |= {f"model.{name}": value for name, value in self.task.buffers().items()}
         moments = self.optimizer.state_tensors()
         tensors |= {f"optimizer.{name}": value for name, value in moments.items()}
         if self.average is not None:

@@ -16,7 +16,8 @@ from carillon.engine.data.transforms import normalize
 from carillon.engine.losses.contrastive import softmax_contrastive
 from carillon.engine.models.towers.dual_encoder import DualEncoder
 from carillon.engine.train.checkpoint import CheckpointStore
-from carillon.engine.train.run import LoadedRun, RunConfig, load_run, new_model
+from carillon.engine.train.run import LoadedRun, load_run
+from carillon.engine.train.run_config import RunConfig, new_dual_encoder
 
 COLOURS = {
     "red": ("rouge", "أحمر", "#e02020"),
@@ -97,7 +98,7 @@ def run_folder(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = build(RunConfig, values)
     captions = captions_of(open_dataset(colours).splits["train"], 100)
     tokenizer = Tokenizer.train(captions, vocab_size=300)
-    model = new_model(config, tokenizer.vocab_size)
+    model = new_dual_encoder(config, tokenizer.vocab_size)
     overfit(model, tokenizer, 150)
     folder.mkdir()
     text = to_yaml(config).encode()

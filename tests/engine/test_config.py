@@ -16,7 +16,7 @@ from carillon.engine.config import (
     to_yaml,
 )
 from carillon.engine.strict_yaml import dump_yaml, parse_yaml
-from carillon.engine.train.run import RunConfig
+from carillon.engine.train.run_config import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from carillon.engine.train.run import load_config
+from carillon.engine.train.run_config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "recipes" / "slurm" / "train.sbatch"

@@ -11,15 +11,12 @@ import numpy as np
 from PIL import Image
 
 from carillon.engine.data.shards import ShardWriter
-from carillon.engine.train.run import RunConfig
+from carillon.engine.train.run_config import RunConfig
 
-SMALL = (
+_SMALL = (
     "data.batch_size=8",
     "data.num_workers=0",
     "data.tokenizer.vocab_size=300",
-    "model.vision.image_size=32",
-    "model.vision.depth=1",
-    "model.text.depth=1",
     "optimization.steps=2",
     "optimization.epochs=null",
     "optimization.warmup_steps=1",
@@ -27,6 +24,9 @@ SMALL = (
     "logging.interval_steps=1",
     "logging.checkpoint_interval_steps=1",
 )
+# Of a dual encoder and of a decoder.
+SMALL = (*_SMALL, "model.vision.image_size=32", "model.vision.depth=1", "model.text.depth=1")
+SMALL_DECODER = (*_SMALL, "data.validation_every=4", "model.width=64", "model.context=64")
 
 
 def write_set(out: Path, config: RunConfig) -> Path:

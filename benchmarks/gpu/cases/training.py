@@ -19,7 +19,7 @@ import torch
 from case import Bar, Call, Case, Outputs, Side, Unavailable
 from torch import Tensor, nn
 
-from carillon.engine.data.loader import Batch
+from carillon.engine.data.pairs import Batch
 from carillon.engine.data.transforms import normalize
 from carillon.engine.losses.contrastive import ContrastiveConfig, ContrastiveObjective
 from carillon.engine.models.catalog import text_config, vision_config

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from carillon.engine.data.loader import Batch
+from carillon.engine.data.pairs import Batch
 from carillon.engine.losses.contrastive import ContrastiveConfig, ContrastiveObjective
 from carillon.engine.models.encoders.text import TextOverrides
 from carillon.engine.models.encoders.vision import VisionOverrides

@@ -11,14 +11,11 @@ import torch
 from PIL import Image
 
 from carillon.engine.config import UserError, build
-from carillon.engine.data.loader import (
-    Batch,
-    DataConfig,
-    PositionedSamples,
-    TrainingLoader,
-    open_split,
-)
+from carillon.engine.data.config import DataConfig
+from carillon.engine.data.loader import TrainingLoader
 from carillon.engine.data.pair_ids import NO_ID
+from carillon.engine.data.pairs import Batch, PositionedSamples
+from carillon.engine.data.positioned import open_split
 from carillon.engine.data.shards import ShardWriter, open_dataset
 from carillon.engine.data.tokenizer import Tokenizer
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from carillon.engine.data.order import (
+    BlockOrder,
     HeldOut,
     Permutation,
     SampleOrder,
@@ -90,3 +91,40 @@ def test_stable_hash_is_pinned_and_order_is_positive() -> None:
     assert stable_hash(1, "a") == stable_hash(1, "a") != stable_hash("1a")
     with pytest.raises(ValueError, match="at least one"):
         SampleOrder(0, 1)
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 17, 101, 1000])
+@pytest.mark.parametrize(("block", "window"), [(1, 1), (4, 3), (7, 1), (16, 4), (2000, 2)])
+def test_blocks_visit_each_row_once_an_epoch(n: int, block: int, window: int) -> None:
+    order = BlockOrder(n, 5, block=block, window=window)
+    epochs = order.rows(np.arange(3 * n)).reshape(3, n)
+    assert all(np.array_equal(np.sort(epoch), np.arange(n)) for epoch in epochs)
+    assert n < 16 or not np.array_equal(epochs[0], epochs[1])
+    whole = epochs.flatten()
+    for i in (3 * n - 1, 0, n // 2, n):
+        assert BlockOrder(n, 5, block=block, window=window).rows(np.array([i]))[0] == whole[i]
+
+
+def test_a_window_reads_few_runs_of_rows() -> None:
+    n, block, window = 10_000, 50, 8
+    order = BlockOrder(n, 1, block=block, window=window)
+    seen = set()
+    for first in range(0, n, block * window):
+        rows = np.sort(order.rows(np.arange(first, first + block * window)))
+        runs = 1 + int((np.diff(rows) != 1).sum())
+        assert runs <= window + 1  # the turn may cut one at the end of the set
+        seen.add(int(rows[0]))
+    assert len(seen) == n // (block * window)
+    shuffled = order.rows(np.arange(block * window))
+    assert np.mean(np.diff(shuffled) == 1) < 0.02  # and not one block after the other
+
+
+def test_the_order_of_blocks_is_pinned_and_starts_at_once() -> None:
+    order = BlockOrder(1000, 1337, block=16, window=4)
+    places = np.array([0, 1, 2, 999, 1000, 123_456])
+    assert order.rows(places).tolist() == [488, 760, 627, 274, 378, 494]
+    huge = BlockOrder(10**12, 0, block=1024, window=64).rows(np.arange(1000))
+    assert len(np.unique(huge)) == 1000
+    assert huge.max() < 10**12
+    with pytest.raises(ValueError, match="block=0"):
+        BlockOrder(5, 1, block=0, window=1)

@@ -15,7 +15,7 @@ from sqlalchemy import select
 
 from carillon.engine.cli import main
 from carillon.engine.config import UserError, build
-from carillon.engine.data.loader import DataConfig, FilterConfig
+from carillon.engine.data.config import DataConfig, FilterConfig
 from carillon.engine.data.shards import ShardWriter, open_dataset
 from carillon.engine.eval.scoring import encode_set, language_task
 from carillon.engine.eval.sets import (

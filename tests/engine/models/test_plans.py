@@ -12,7 +12,7 @@ from carillon.engine.models.towers.decoder_config import DecoderConfig, MoeConfi
 from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.expert import shard_of
 from carillon.engine.parallel.mesh import degrees_of
-from carillon.engine.train.run import RunConfig
+from carillon.engine.train.run_config import RunConfig
 
 MIXED = DecoderConfig(
     num_heads=8, num_kv_heads=2, moe=MoeConfig(num_experts=6, expert_width=96, shared_experts=1)

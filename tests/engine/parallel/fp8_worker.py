@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from carillon.engine.data.loader import Batch
+from carillon.engine.data.pairs import Batch
 from carillon.engine.losses.contrastive import ContrastiveConfig, ContrastiveObjective
 from carillon.engine.models.towers.dual_encoder import DualEncoder, build_dual_encoder
 from carillon.engine.nn.fp8_layers import delayed_scaling, full_products, to_fp8

@@ -16,7 +16,7 @@ from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.context_keys import Call, ring_call, whole_calls
 from carillon.engine.parallel.parity import TOLERANCE_FP32
 from carillon.engine.parallel.zigzag import PackedRows, Zigzag
-from carillon.engine.train.run import RunConfig
+from carillon.engine.train.run_config import RunConfig
 
 # Partial results are rounded to bfloat16 once more than whole ones; independent roundings add up by
 # their squares.

@@ -93,6 +93,18 @@ def tiny_values(data: Path) -> dict[str, Any]:
     }
 
 
+def decoder_values(data: Path) -> dict[str, Any]:
+    """A decoder whose second block is a mixture, on the same set."""
+    values = tiny_values(data)
+    values["data"] |= {"documents_per_row": 4, "validation_every": 5}
+    moe = {"num_experts": 4, "expert_width": 16, "dense_blocks": 1}
+    moe |= {"score": "sigmoid", "bias_speed": 0.01}
+    sizes = {"width": 32, "depth": 2, "num_heads": 4, "mlp_width": 32, "context": 64}
+    values["model"] = {"type": "decoder", **sizes, "moe": moe}
+    values["evaluation"] = {"in_training": {"every": 5}}
+    return values
+
+
 @dataclass(frozen=True)
 class Setup:
     """A config file and the folder that its runs go to."""
@@ -146,7 +158,7 @@ class Setup:
 
     def metrics(self) -> list[dict[str, Any]]:
         """metrics.jsonl without what a clock measured."""
-        clock = {"images_per_s", "tokens_per_s", "tflops", "mfu"}
+        clock = {"images_per_s", "rows_per_s", "tokens_per_s", "tflops", "mfu"}
         clock |= {"data_share", "communication_share", "compute_share"}
         return [
             {key: value for key, value in line.items() if key not in clock}
@@ -215,9 +227,10 @@ def ranks() -> Callable[..., dict[str, Any]]:
 def make_setup(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Setup]:
     """Makes a config with the small set (or another), nothing trained yet."""
 
-    def make(data: Path = pictures) -> Setup:
+    def make(data: Path = pictures, *, decoder: bool = False) -> Setup:
         folder = tmp_path_factory.mktemp("setup")
-        (folder / "tiny.yaml").write_text(dump_yaml(tiny_values(data)))
+        values = decoder_values(data) if decoder else tiny_values(data)
+        (folder / "tiny.yaml").write_text(dump_yaml(values))
         return Setup(folder / "tiny.yaml", folder / "runs")
 
     return make

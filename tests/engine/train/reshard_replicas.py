@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from carillon.engine.data.loader import Batch
 from carillon.engine.data.packed_rows import PackedRows
+from carillon.engine.data.pairs import Batch
 from carillon.engine.losses.contrastive import ContrastiveConfig, ContrastiveObjective
 from carillon.engine.models.encoders.text import TextOverrides
 from carillon.engine.models.encoders.vision import VisionOverrides

@@ -15,7 +15,8 @@ from carillon.engine.nn import fp8_layers
 from carillon.engine.parallel.config import Fp8ShadowConfig
 from carillon.engine.train.fp8_shadow import Fp8Shadow
 from carillon.engine.train.guard import TrainingStopped
-from carillon.engine.train.run import load_config, load_run
+from carillon.engine.train.run import load_run
+from carillon.engine.train.run_config import load_config
 
 Setup = Any  # conftest's
 FP8 = "distributed.precision=fp8"

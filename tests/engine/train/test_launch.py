@@ -18,7 +18,8 @@ from carillon.engine.config import UserError
 from carillon.engine.index.encoder import Encoder
 from carillon.engine.train.guard import StepGuard
 from carillon.engine.train.launch import check_layout
-from carillon.engine.train.run import load_config, load_run
+from carillon.engine.train.run import load_run
+from carillon.engine.train.run_config import load_config
 
 Setup = Any  # conftest's
 PROCESS_TREE = Path(__file__).parents[3] / "benchmarks" / "process_tree.py"
@@ -66,7 +67,7 @@ def test_a_config_that_is_not_there(setup: Setup, capsys: Capture) -> None:
 def test_a_batch_that_the_processes_do_not_divide(setup: Setup) -> None:
     config = load_config(setup.config, [])
     check_layout(config, 4)
-    with pytest.raises(UserError, match=r"batch_size: 8 pairs do not divide over 3 .* use 1, 2, 4"):
+    with pytest.raises(UserError, match=r"batch_size: 8 do not divide over 3 .* use 1, 2, 4"):
         check_layout(config, 3)
     with pytest.raises(UserError, match=r"dp_shard: 2 given, but zero_stage=0 shards nothing"):
         load_config(setup.config, ["distributed.dp_shard=2"])

@@ -7,7 +7,7 @@ import pytest
 
 from carillon.engine.config import UserError
 from carillon.engine.train.launch import check_layout
-from carillon.engine.train.run import load_config
+from carillon.engine.train.run_config import load_config
 
 Setup = Any  # conftest's
 RUN = (
@@ -99,5 +99,5 @@ def test_microbatches_that_a_schedule_cannot_run_are_refused(setup: Setup) -> No
         check("data.micro_batch_size=8")
     with pytest.raises(UserError, match=r"micro_batch_size: 3 given; .* set .* to 1, 2, 4"):
         check("data.micro_batch_size=3")
-    with pytest.raises(UserError, match=r"none given; of a process's 1 pairs, .* no size"):
+    with pytest.raises(UserError, match=r"none given; of a process's 1 samples, .* no size"):
         check(processes=16)

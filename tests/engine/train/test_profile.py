@@ -7,13 +7,17 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from carillon.engine.data.loader import Batch
+from carillon.engine.data.packed_captions import CaptionRows
+from carillon.engine.data.packed_rows import PackedRows
+from carillon.engine.data.pairs import Batch
 from carillon.engine.models.encoders.text import TextOverrides
 from carillon.engine.models.encoders.vision import VisionOverrides
+from carillon.engine.models.towers.decoder import build_decoder
+from carillon.engine.models.towers.decoder_config import DecoderConfig
 from carillon.engine.models.towers.dual_encoder import DualEncoderConfig, build_dual_encoder
 from carillon.engine.train import profile
 from carillon.engine.train.communication import CommunicationProbe, exposed, of_cpu, of_cuda
-from carillon.engine.train.profile import GlobalWork, Throughput, WorkCounter
+from carillon.engine.train.profile import GlobalWork, Throughput, work_of_pairs, work_of_rows
 
 
 def test_each_caption_counts_at_its_own_length() -> None:
@@ -35,7 +39,7 @@ def test_each_caption_counts_at_its_own_length() -> None:
         languages=["en"] * 4,
         bad=[],
     )
-    work = WorkCounter(model).of(batch)
+    work = work_of_pairs(batch, model.flops_per_sample)
     assert work.tokens == 20
     assert work.flops == 3 * sum(model.flops_per_sample(16, length) for length in lengths)
     assert work.computed == 3 * 4 * model.flops_per_sample(16, 9)
@@ -43,12 +47,24 @@ def test_each_caption_counts_at_its_own_length() -> None:
     assert work.flops > 3 * 4 * model.flops_per_sample(16, 5)
 
 
+def test_captions_of_a_row_count_each_for_itself() -> None:
+    config = DecoderConfig(width=32, depth=2, num_heads=2, mlp_width=48, context=12)
+    model = build_decoder(config, vocab_size=50, device="meta")
+    offsets = torch.tensor([[0, 3, 8, 12, 12], [0, 5, 5, 9, 12]], dtype=torch.int32)
+    rows = PackedRows.of(torch.zeros(2, 12, dtype=torch.long), offsets)
+    work = work_of_rows(CaptionRows(rows, keys=[], bad=[]), model.flops_per_token)
+    real = sum(length * model.flops_per_token(length) for length in (3, 5, 4, 5, 4))
+    assert work.tokens == 21
+    assert work.flops == 3 * real
+    assert work.computed == 3 * (real + 3 * model.flops_per_token(3))
+
+
 def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(profile.time, "perf_counter", lambda: now[0])
     meter = Throughput(peak=50e12, world_size=2)
-    meter.add(pairs=8, work=GlobalWork(40, 60e12, [50e12, 30e12]), waited_s=1.0)
-    meter.add(pairs=8, work=GlobalWork(40, 60e12, [20e12, 60e12]), waited_s=0.0)
+    meter.add(rows=8, work=GlobalWork(40, 60e12, [50e12, 30e12]), waited_s=1.0)
+    meter.add(rows=8, work=GlobalWork(40, 60e12, [20e12, 60e12]), waited_s=0.0)
     now[0] += 5.0
     meter.exclude(1.0)
     assert meter.rates(0.2) == pytest.approx(
@@ -64,7 +80,7 @@ def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
             "padding_share": 1 - 120 / 160,
         }
     )
-    meter.add(pairs=8, work=GlobalWork(40, 60e12, [40e12, 40e12]), waited_s=0.0)
+    meter.add(rows=8, work=GlobalWork(40, 60e12, [40e12, 40e12]), waited_s=0.0)
     now[0] += 1.0
     rates = meter.rates(None)
     assert rates["imbalance"] == 1

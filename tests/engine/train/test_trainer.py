@@ -150,7 +150,7 @@ def test_evaluation_in_training_writes_metrics_and_keeps_the_best(
         assert 0 <= metrics["retrieval/mean_r@10"] <= 1
         return metrics | {"retrieval/mean_r@10": next(scores)}
 
-    monkeypatch.setattr("carillon.engine.train.launch.evaluate_in_training", scored)
+    monkeypatch.setattr("carillon.engine.train.dual_encoder_task.evaluate_in_training", scored)
     assert (
         setup.train(
             "data.validation_every=5",
@@ -321,7 +321,7 @@ def test_an_unforeseen_error_leaves_no_worker_behind(
         assert len(multiprocessing.active_children()) == 1
         raise RuntimeError("unforeseen")
 
-    monkeypatch.setattr("carillon.engine.train.trainer.forward_backward", fail)
+    monkeypatch.setattr("carillon.engine.train.dual_encoder_task.forward_backward", fail)
     with pytest.raises(RuntimeError, match="unforeseen") as caught:
         setup.train("data.num_workers=1")
     assert caught.tb is not None  # its frames are alive, as at the end of a crashed process

@@ -150,6 +150,18 @@ def test_evaluation_is_not_tallied() -> None:
     assert all(float(router.tally.sum()) == 0 for router in model.routers())
 
 
+def test_weights_that_are_not_finite_show_in_the_loss_and_raise_nothing() -> None:
+    model = built(MIXED)
+    rows = batch()
+    with torch.no_grad():
+        model.token.weight[rows[0][0, 0]] = torch.nan
+    logits = model(*rows)
+    assert logits[0, 0].isnan().all()
+    logits.square().mean().backward()
+    for router in model.routers():
+        assert router.tally.isfinite().all()
+
+
 def test_bf16_follows_fp32() -> None:
     model = built(CONFIGS["softmax"])
     with torch.no_grad():

@@ -1,0 +1,186 @@
+"""A global position to a training sample, as a pure function, and what stands in for a bad one.
+
+Row by the order, caption and augmentation by a generator keyed with the position. A bad sample
+is replaced by a drawn one, reported with its key and reason, and counted. A sound one without a
+caption that the settings allow is filtered: replaced the same way, counted apart, and no fault.
+Trade-off: nothing lists the rows that qualify, so start-up stays independent of their number, and a
+set of which one row in a hundred does costs a hundred reads a sample. Caption rule: a language
+among those allowed that the row has, by weight (1 unless set), then one of its captions uniformly.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from carillon.engine.config import UserError
+from carillon.engine.data.config import DataConfig
+from carillon.engine.data.order import BlockOrder, HeldOut, SampleOrder
+from carillon.engine.data.shards import Dataset as Opened
+from carillon.engine.data.shards import RawSample, SampleError, Split, open_dataset
+
+_MAX_BAD = 20  # at one position; a set this damaged is past any sensible max_bad_share
+# Rows tried at one position. Where one in a hundred qualifies, all of them fail at one position in
+# 10^21; where none does, that is told after the second or so that reading them takes.
+_MAX_DRAWS = 5000
+_MAX_BAD_NAMED = 3
+_MAX_NAMED = 20  # languages in a message
+
+
+class PositionedBatch(Protocol):
+    """What the loader and the training loop know of a batch: one process's share of a global one.
+
+    `keys` of all samples in it. `bad` holds (key, reason) of the bad samples that were replaced,
+    `num_filtered` says how many sound ones were.
+    """
+
+    @property
+    def keys(self) -> list[str]: ...
+    @property
+    def bad(self) -> list[tuple[str, str]]: ...
+    @property
+    def num_filtered(self) -> int: ...
+
+    def to(self, device: torch.device) -> Self: ...
+
+
+B = TypeVar("B", bound=PositionedBatch)
+S = TypeVar("S")
+
+
+def open_training(config: DataConfig) -> tuple[Opened, Split]:
+    """The set and its split to train on. Raises UserError when either is not there."""
+    dataset = open_dataset(config.path if config.path is not None else list(config.shards))
+    if config.split is not None:
+        if config.split not in dataset.splits:
+            given = f"data.split: {config.split} is not in the set"
+            raise UserError(f"{given}; it has {', '.join(dataset.splits)}")
+        return dataset, dataset.splits[config.split]
+    if "train" in dataset.splits:
+        return dataset, dataset.splits["train"]
+    if len(dataset.splits) == 1:
+        return dataset, next(iter(dataset.splits.values()))
+    raise UserError(f"data.split: name one of the set's splits: {', '.join(dataset.splits)}")
+
+
+def open_split(config: DataConfig) -> Split:
+    """The split to train on. Raises UserError when the set or the split is not there."""
+    return open_training(config)[1]
+
+
+def _all_bad(bad: Sequence[tuple[str, str]]) -> UserError:
+    keys = list(dict.fromkeys(key for key, _ in bad))  # stand-ins may come twice
+    return UserError(
+        f"{len(bad)} samples in a row are bad, the first {', '.join(keys[:_MAX_BAD_NAMED])}; "
+        f"{bad[0][0]}: {bad[0][1]}; is this the right data set?"
+    )
+
+
+class FilteredSample(Exception):
+    """A sound sample of which the settings allow no caption."""
+
+    def __init__(self, languages: Iterable[str]) -> None:
+        self.languages = tuple(languages)
+
+
+class Positioned(Dataset[Any], ABC, Generic[B]):
+    """Batches by global position; how a sample is read is a subclass's."""
+
+    def __init__(self, split: Split, config: DataConfig, seed: int) -> None:
+        self.split, self.config, self.seed = split, config, seed
+        self.held_out = HeldOut(len(split), config.validation_every)
+        num, block = self.held_out.num_training, config.shuffle.block_rows
+        self.order: SampleOrder | BlockOrder = SampleOrder(num, seed)
+        if block is not None:
+            self.order = BlockOrder(num, seed, block=block, window=config.shuffle.window_blocks)
+
+    @property
+    @abstractmethod
+    def num_per_epoch(self) -> int:
+        """Positions of a pass over the training rows."""
+
+    @abstractmethod
+    def batch(self, positions: Sequence[int]) -> B:
+        """The batch of the given global positions."""
+
+    def __getitems__(self, positions: Sequence[int]) -> B | UserError:
+        """The batch of the given positions (the hook that DataLoader calls once a batch).
+
+        An error that concerns the user is returned, since a worker's exception would arrive as
+        a traceback in a message.
+        """
+        try:
+            return self.batch(positions)
+        except UserError as error:
+            return error
+
+    def draw(
+        self,
+        places: Sequence[int],
+        bad: list[tuple[str, str]],
+        read: Callable[[int, int], S],
+    ) -> tuple[list[S], int]:
+        """The samples at places of the order, and how many filtered rows others stand in for; bad
+        ones are added to `bad`. `read(place, row)` raises SampleError or FilteredSample."""
+        where = np.asarray(places, dtype=np.int64)
+        rows = self.held_out.training_row(self.order.rows(where))
+        drawn = [self._sample(int(p), int(r), bad, read) for p, r in zip(where, rows, strict=True)]
+        return [sample for sample, _ in drawn], sum(filtered for _, filtered in drawn)
+
+    def _sample(
+        self, position: int, row: int, bad: list[tuple[str, str]], read: Callable[[int, int], S]
+    ) -> tuple[S, int]:
+        """The sample at a position and how many filtered rows it stands in for; bad ones are added
+        to `bad`."""
+        num_bad = num_filtered = 0
+        languages: Counter[str] = Counter()
+        for attempt in range(_MAX_DRAWS):
+            try:
+                return read(position, row), num_filtered
+            except FilteredSample as sample:
+                num_filtered += 1
+                languages.update(sample.languages)
+            except SampleError as error:
+                num_bad += 1
+                bad.append((error.key, error.reason))
+            if num_bad == _MAX_BAD:
+                raise _all_bad(bad[-_MAX_BAD:])
+            drawn = np.array([self.order.replacement(position, attempt)])
+            row = int(self.held_out.training_row(drawn)[0])
+        raise self._none_qualifies(num_filtered, languages)
+
+    def _none_qualifies(self, num_filtered: int, languages: Counter[str]) -> UserError:
+        weights, allowed = self.config.language_weights, self.config.filters.lang_allow
+        wanted = ", ".join(language for language in allowed if weights.get(language, 1.0) > 0)
+        found = ", ".join(language for language, _ in languages.most_common(_MAX_NAMED))
+        more = len(languages) - _MAX_NAMED
+        return UserError(
+            f"none of {num_filtered:,} rows drawn has a caption in "
+            f"{wanted or 'a language of weight above 0'}; they have captions in {found}"
+            f"{f' and {more} more' if more > 0 else ''}. Choose other languages "
+            "(data.filters.lang_allow, data.language_weights), or a set of which at least one row "
+            "in a hundred has them."
+        )
+
+    def choose_caption(self, raw: RawSample, generator: np.random.Generator) -> tuple[str, str]:
+        """A language and a caption in it. Raises SampleError, and FilteredSample where the row has
+        none that the settings allow."""
+        allowed = self.config.filters.lang_allow
+        captions = {c: texts for c, texts in raw.meta.get("captions", {}).items() if texts}
+        if not captions:
+            raise SampleError(raw.key, "no caption in any language")
+        languages = sorted(c for c in captions if not allowed or c in allowed)
+        weights = [self.config.language_weights.get(language, 1.0) for language in languages]
+        total = sum(weights)
+        if total <= 0:
+            raise FilteredSample(captions)
+        pick = np.searchsorted(np.cumsum(weights), generator.random() * total, side="right")
+        language = languages[min(int(pick), len(languages) - 1)]
+        texts = captions[language]
+        return language, str(texts[int(generator.integers(len(texts)))])
