@@ -30,6 +30,10 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "PP2xFSDP2": (4, 2, ("pp=2", "zero_stage=3")),
     "PP2xTP2": (4, 2, ("pp=2", "tp=2")),
 }
+DECODER_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "decoder, EP2": (2, ("ep=2", "zero_stage=3")),
+    "decoder, CP2": (2, ("cp=2",)),
+}
 MODE = (
     "distributed.deterministic=true",
     "distributed.precision=bf16",
@@ -39,22 +43,35 @@ MODE = (
 )
 
 
-def settings(name: str) -> list[str]:
-    _, depth, distributed = LAYOUTS[name]
-    depths = [f"model.{tower}.depth={depth}" for tower in ("vision", "text")]
-    return depths + [f"distributed.{setting}" for setting in distributed]
+def given(*distributed: str, depth: int | None = None) -> list[str]:
+    """Settings of the command; `depth` is that of both towers of a dual encoder."""
+    towers = () if depth is None else ("vision", "text")
+    depths = [f"model.{tower}.depth={depth}" for tower in towers]
+    return [*MODE, *depths, *(f"distributed.{setting}" for setting in distributed)]
 
 
 @pytest.mark.parametrize("sizes", [(1, 2), (4,)])  # one launch each
 def test_two_runs_of_a_layout_have_the_same_bits(
     make_setup: Any, tmp_path: Path, ranks: Any, sizes: tuple[int, ...]
 ) -> None:
-    layouts = {name: layout for name, layout in LAYOUTS.items() if layout[0] in sizes}
-    setups = {name: (make_setup(), make_setup()) for name in layouts}
+    layouts = {
+        name: (size, False, given(*distributed, depth=depth))
+        for name, (size, depth, distributed) in LAYOUTS.items()
+        if size in sizes
+    }
+    layouts |= {
+        name: (size, True, given(*distributed))
+        for name, (size, distributed) in DECODER_LAYOUTS.items()
+        if size in sizes
+    }
+    setups = {
+        name: [make_setup(decoder=is_decoder) for _ in range(2)]
+        for name, (_, is_decoder, _) in layouts.items()
+    }
     cases = {
-        f"{name}, run {run}": (size, setups[name][run].argv(*MODE, *settings(name)))
+        f"{name}, run {run}": (size, setups[name][run].argv(*settings))
         for run in (0, 1)  # the first runs of all, then the second ones
-        for name, (size, *_) in layouts.items()
+        for name, (size, _, settings) in layouts.items()
     }
     for case, result in ranks(tmp_path / "ranks", cases).items():
         assert set(result["codes"]) == {0}, (case, result)
