@@ -103,6 +103,12 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
 
 def _fp8_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterator[str]:
     moe, tp, kept = config.moe, layout.tp, layout.fp8_keep_blocks
+    if config.width % UNIT:
+        yield (
+            f"distributed.precision: fp8 multiplies sides that are multiples of {UNIT}, and "
+            f"model.width ({config.width}) is none, so no layer would; change it, or use "
+            "precision=bf16"
+        )
     if 2 * kept >= config.depth:
         yield (
             f"distributed.fp8_keep_blocks: {kept} at either end leave none of {config.depth} "

@@ -17,6 +17,7 @@ from typing import Literal, cast
 import torch
 from torch import nn
 
+from carillon.engine.log import logger
 from carillon.engine.nn.fp8 import UNIT, Fp8Linear
 from carillon.engine.nn.fp8_foreign import torchao_linear, transformer_engine_linear
 from carillon.engine.nn.fp8_scaling import DelayedScaling, Recipe, Scaling
@@ -57,14 +58,21 @@ def provider_problems(provider: Provider, recipe: Recipe) -> Iterator[str]:
 def fp8_linears(model: nn.Module, keep_blocks: int) -> dict[str, nn.Linear]:
     """The layers that take 8-bit products, by name; `keep_blocks` are left out at either end of
     each stack."""
-    found = {}
+    found: dict[str, nn.Linear] = {}
+    num = 0
     for stack, blocks in model.named_modules():
         if stack.rpartition(".")[2] != "blocks" or not isinstance(blocks, nn.ModuleList):
             continue
-        for index in range(keep_blocks, len(blocks) - keep_blocks):
-            for name, module in blocks[index].named_modules():
-                if type(module) is nn.Linear and "router" not in name and not _odd(module):
-                    found[f"{stack}.{index}.{name}"] = module
+        for index, block in enumerate(blocks):
+            linears = {
+                name: module
+                for name, module in block.named_modules()
+                if type(module) is nn.Linear and "router" not in name
+            }
+            num += len(linears)
+            if keep_blocks <= index < len(blocks) - keep_blocks:
+                found |= {f"{stack}.{index}.{n}": m for n, m in linears.items() if not _odd(m)}
+    logger.info("fp8: %d of the blocks' %d linear layers take 8-bit products", len(found), num)
     return found
 
 

@@ -167,6 +167,10 @@ WIDE = ("model.vision.width=96", "model.text.width=96", "model.vision.num_heads=
             ],
             "torchao does not go with pp_schedule=zbv",
         ),
+        (
+            [FP8, "model.vision.width=40", "model.text.width=20"],
+            r"multiples of 16, and model.vision's width \(40\) and model.text's width \(20\)",
+        ),
         (["distributed.fp8_keep_blocks=1"], "fp8_keep_blocks: 1 given, but precision is fp32"),
         (["distributed.fp8_shadow.every=2"], "fp8_shadow: given, but precision is fp32"),
         ([FP8, "distributed.fp8_shadow.bound=0.5"], "bound: 0.5 given, but every is 0"),
