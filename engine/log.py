@@ -86,6 +86,8 @@ def configure_logging(rank: int) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
+    # A hint on the order of reductions, for those who write layouts: nothing that a user can do.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 class Sink(Protocol):

@@ -1,11 +1,13 @@
 """The developers' data sets, which stand beside the repository and are no part of it.
 
 And the choice of Triton's interpreter where there is no GPU: it is made when Triton is first
-imported, which torch may do in any test, so it stands here.
+imported, which torch may do in any test, so it stands here. And signals stand after a test as
+before it: a run that was asked to stop leaves them ignored, since its process ends.
 """
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,12 @@ def real_data() -> Callable[[str], Path]:
         pytest.skip(message)
 
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    kinds = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+    yield
+    for kind, handler in before.items():
+        signal.signal(kind, handler)

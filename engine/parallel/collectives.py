@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -183,6 +184,23 @@ def gradient_norm(
     norms = [whole(torch.nn.utils.get_total_norm(gradients)) for gradients in groups]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     return norm if group is None else sum_over(norm.square(), group).sqrt()
+
+
+@torch.no_grad()
+def clip_gradients_(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scale all gradients down to the norm `limit`, where theirs is above; in place.
+
+    As torch.nn.utils.clip_grads_with_norm_, but of each process's own values: DTensor takes seconds
+    to work out a list's layouts the first time, a time quadratic in its length.
+    """
+    own = [own_values(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_(own, (limit / (norm + 1e-6)).clamp(max=1.0))
+
+
+def own_values(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor that may be laid out over processes."""
+    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
 def by_mesh(tensors: Iterable[T]) -> list[list[T]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from carillon.engine.config import UserError, config_hash, to_values
@@ -24,6 +25,7 @@ from carillon.engine.eval.report import draw_loss
 from carillon.engine.eval.suite import check_in_training
 from carillon.engine.log import Sink, configure_logging, logger, open_sinks
 from carillon.engine.models.towers.decoder_config import DecoderConfig
+from carillon.engine.parallel.collectives import sum_over
 from carillon.engine.parallel.determinism import fixed_order
 from carillon.engine.parallel.mesh import World, degrees_of
 from carillon.engine.parallel.pipeline_split import microbatch_problem
@@ -55,8 +57,8 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
     fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     with (
         fixed_order(config.distributed.deterministic),
-        Watchdog(config.distributed.watchdog_s) as watchdog,
         StopRequest().listening() as stop,
+        Watchdog(config.distributed.watchdog_s) as watchdog,
     ):
         world = start_world(config.distributed, to_values(config))
         watchdog.join()
@@ -71,10 +73,13 @@ def _train(config: RunConfig, world: World, fresh: bool, stop: StopRequest) -> i
         folder = on_main(world, lambda: RunFolder(config, fresh=fresh), share=False)
         path = Path(config.logging.output) / run_name(config)
         try:
-            return _train_in(config, world, path, folder, fresh, stop)
+            code = _train_in(config, world, path, folder, fresh, stop)
         finally:
             if folder is not None:
                 folder.close()
+        # They leave together: a launcher may end those that still work once the first has left.
+        sum_over(torch.zeros(1, device=world.device), world.group).item()
+        return code
     except TrainingStopped as reason:
         if world.is_main:
             logger.error("stopped: %s", reason)

@@ -3,6 +3,8 @@
 SIGTERM (Slurm's end of time, a preemption), SIGUSR1 (Slurm's warning before it) and the first
 Ctrl-C only set a flag, from the start of the command on; the training loop acts on it after its
 step, and an evaluation in training is left at its next batch. A second Ctrl-C interrupts at once.
+Once one has come, SIGTERM and SIGUSR1 change nothing until the process is gone: a launcher sends
+them to those that still leave as soon as the first has left.
 """
 
 from __future__ import annotations
@@ -27,13 +29,15 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Take the signals inside; give them back to who had them after."""
+        """Take the signals inside; give them back to who had them after, or if one has come,
+        ignore them: the process leaves, and its exit code says that it was asked to."""
         before = {kind: signal.signal(kind, self._ask) for kind in _KINDS}
         try:
             yield self
         finally:
             for kind, handler in before.items():
-                signal.signal(kind, handler)
+                leaves = self.asked and kind != signal.SIGINT
+                signal.signal(kind, signal.SIG_IGN if leaves else handler)
 
     def check(self) -> None:
         """Raise StopAsked once a signal has come."""

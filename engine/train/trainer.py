@@ -29,7 +29,7 @@ from carillon.engine.data.positioned import B
 from carillon.engine.log import Progress, Sink, cut_jsonl, logger
 from carillon.engine.nn.fp8_layers import delayed_scaling, full_products
 from carillon.engine.parallel.collectives import (
-    by_mesh,
+    clip_gradients_,
     gradient_norm,
     largest_over,
     sum_over,
@@ -270,8 +270,7 @@ class Trainer(Generic[B]):
     def _clip(self) -> float:
         limit = self.config.optimization.clip_norm or math.inf
         norm = gradient_norm(self.task.counted_parameters(), self._pipeline)
-        for parameters in by_mesh(self.model.parameters()):
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        clip_gradients_(self.model.parameters(), limit, norm)
         return float(norm)
 
     def _reduce(self, loss: Tensor, work: Work) -> tuple[float, bool, dict[str, int], GlobalWork]:

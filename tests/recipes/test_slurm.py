@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ TINY_SET = runpy.run_path(str(Path(__file__).with_name("tiny_set.py")))
 
 
 class Cluster:
-    """Two nodes with one process each, and the folder of a job."""
+    """Two nodes with two processes each, and the folder of a job."""
 
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder, self.state = folder, folder / "state"
@@ -37,22 +38,35 @@ class Cluster:
 
     def submit(self, *arguments: str) -> "subprocess.Popen[str]":
         path = f"{FAKES}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        command = ["sbatch", "--nodes=2", "--ntasks-per-node=1", str(SCRIPT), *arguments]
+        command = ["sbatch", "--nodes=2", "--ntasks-per-node=2", str(SCRIPT), *arguments]
         environment = os.environ | {"PATH": path, "FAKE_SLURM": str(self.state)}
         return subprocess.Popen(command, cwd=self.folder, env=environment, text=True)
 
     def train(self, *overrides: str) -> "subprocess.Popen[str]":
         return self.submit(str(RECIPE), *self.given, *overrides)
 
-    def signal(self, number: int, tasks: slice = slice(None)) -> None:
-        for pid in (self.state / "pids").read_text().split()[tasks]:
-            os.kill(int(pid), number)
+    def tasks(self, runs: str = "bash") -> list[int]:
+        """The processes that srun has started, once they are those of `carillon env` or of the
+        training; the latter start `carillon train` as their first child."""
+        self.wait_for(lambda: self._step().get("runs") == runs)
+        return list(self._step()["pids"])
+
+    def _step(self) -> dict[str, Any]:
+        file = self.state / "step"
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+
+    def warn(self, runs: str = "bash") -> None:
+        for pid in self.tasks(runs):
+            os.kill(pid, signal.SIGUSR1)
+
+    def wait_for(self, done: Callable[[], object]) -> None:
+        began = time.monotonic()
+        while not done():
+            assert time.monotonic() - began < 120, self.log()
+            time.sleep(0.05)
 
     def wait_for_steps(self, num: int) -> None:
-        began = time.monotonic()
-        while len(self.steps()) < num:
-            assert time.monotonic() - began < 90, self.log()
-            time.sleep(0.05)
+        self.wait_for(lambda: len(self.steps()) >= num)
 
     def steps(self) -> list[int]:
         files = list(self.folder.glob("runs/*/metrics.jsonl"))
@@ -63,7 +77,8 @@ class Cluster:
         return (self.folder / "carillon-4242.log").read_text()
 
     def codes(self) -> list[int]:
-        return [int(line) for line in (self.state / "codes").read_text().splitlines()]
+        file = self.state / "codes"
+        return [int(line) for line in file.read_text().split()] if file.exists() else []
 
 
 def _step(line: str) -> int | None:
@@ -86,42 +101,62 @@ def cluster(tmp_path: Path, data: Path) -> Cluster:
     return Cluster(tmp_path / "job", data)
 
 
-def test_a_job_is_signalled_requeued_and_finishes(cluster: Cluster) -> None:
-    """--fresh holds for its first start only."""
+def test_a_job_that_is_warned_goes_back_into_the_queue_until_it_finishes(cluster: Cluster) -> None:
+    """Whenever the warning comes, and whoever of the four leaves first. --fresh holds for the
+    job's first start only."""
     rare = "logging.checkpoint_interval_steps=1000"
     job = cluster.train("optimization.steps=200", rare, "--fresh")
-    cluster.wait_for_steps(3)
-    cluster.signal(signal.SIGUSR1)
+    cluster.warn("carillon")  # `carillon env` runs
+    cluster.wait_for(lambda: cluster.codes() == [75])
+    cluster.warn()  # Python starts
+    cluster.wait_for(lambda: cluster.codes() == [75, 75])
+    cluster.wait_for_steps(4)
+    cluster.warn()
     assert job.wait(180) == 0, cluster.log()
-    assert cluster.codes() == [75, 0]
+    assert cluster.codes() == [75, 75, 75, 0]
     assert cluster.steps() == list(range(1, 201))
     log = cluster.log()
-    assert "start 1: 2 processes on 2 nodes, node[1-2]" in log
-    assert "start 2: 2 processes on 2 nodes, node[1-2]" in log
-    assert log.count("environment of ") == 4  # one a node and start
+    for start in range(1, 5):
+        assert f"start {start}: 4 processes on 2 nodes, node[1-2]" in log
+    assert "stopped at step 1, saved" in log
+    assert log.count("environment of ") >= 6  # one a node and start, but perhaps for the first
+    assert "Traceback" not in log
+    assert set((cluster.state / "cpus").read_text().split()) == {"12"}
+    assert not list(cluster.folder.glob(".carillon-*"))
 
 
-def test_a_stopped_process_ends_the_job(cluster: Cluster) -> None:
-    """With the stacks of both; and what is wrong does not go back into the queue."""
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_lost_process_ends_the_job(cluster: Cluster, number: signal.Signals) -> None:
+    """With the stacks of all that are there; and what is wrong does not go back into the queue."""
     rare = "logging.checkpoint_interval_steps=1000000"
     job = cluster.train("optimization.steps=100000", rare, "distributed.watchdog_s=3")
     cluster.wait_for_steps(3)
     began = time.monotonic()
-    cluster.signal(signal.SIGSTOP, slice(1, 2))
+    wrapper = cluster.tasks()[1]
+    run = Path(f"/proc/{wrapper}/task/{wrapper}/children").read_text().split()[0]
+    os.kill(int(run), number)
     assert job.wait(120) == 128 + signal.SIGKILL
     assert time.monotonic() - began < 60
     assert cluster.codes() == [128 + signal.SIGKILL]
     log = cluster.log()
-    for rank in (0, 1):
+    for rank in (0, 1, 2, 3):
+        if (rank, number) == (1, signal.SIGKILL):
+            continue
         _, found, stacks = log.partition(f"carillon: [rank {rank}] rank 1 (process ")
         assert found, log
         assert "in fit" in stacks.split("carillon: ")[0], log
+    assert "back into the queue" not in log
 
 
-def test_a_config_that_cannot_be_used_ends_the_job(cluster: Cluster) -> None:
+def test_a_config_that_cannot_be_used_ends_the_job(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the shell that submits it has a count of its own, which is none of Slurm's."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "x")
     assert cluster.train("optimization.stepz=3").wait(120) == 2
     assert cluster.codes() == [2]
     assert cluster.log().count("optimization.stepz") == 1
+    assert "start 1: 4 processes" in cluster.log()
 
 
 def test_no_config_is_told_before_anything_starts(cluster: Cluster) -> None:

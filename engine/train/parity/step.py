@@ -10,10 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor
 
-from carillon.engine.parallel.collectives import gradient_norm, sum_over, whole
+from carillon.engine.parallel.collectives import gradient_norm, own_values, sum_over, whole
 from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.mesh import World
 from carillon.engine.parallel.pipeline import gather_named
@@ -74,7 +72,7 @@ def measured(loss: float, model: nn.Module, world: World | None, kept_bytes: int
     group = stages.get_group() if stages is not None else None
     gradients = gather_named(gradients, group)
     num_values = sum(gradient.numel() for gradient in gradients.values())
-    held = sum(_local(parameter).numel() for parameter in model.parameters()) / num_values
+    held = sum(own_values(parameter).numel() for parameter in model.parameters()) / num_values
     once = model.parameters()
     if isinstance(model, PipelinedDualEncoder | PipelinedDecoder):
         once = model.counted_parameters()
@@ -98,13 +96,7 @@ class Kept(saved_tensors_hooks):
         return sum(self._sizes.values())
 
     def _count(self, tensor: Tensor) -> Tensor:
-        local = _local(tensor)
-        if isinstance(local, AsyncCollectiveTensor):
-            local = local.wait()
+        local = own_values(tensor)
         storage = local.untyped_storage()
         self._sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -18,7 +18,7 @@ from carillon.engine.models.encoders.vision import VisionOverrides
 from carillon.engine.models.towers.decoder_config import DecoderConfig, MoeConfig
 from carillon.engine.models.towers.dual_encoder import DualEncoderConfig, build_dual_encoder
 from carillon.engine.parallel.apply import apply_layout
-from carillon.engine.parallel.collectives import by_mesh, gradient_norm
+from carillon.engine.parallel.collectives import clip_gradients_, gradient_norm
 from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.mesh import World, degrees_of, lay_out
 from carillon.engine.parallel.pipeline_split import microbatch_size
@@ -130,8 +130,7 @@ class Replica(ABC):
     def step(self, step: int) -> float:
         loss = self.forward_backward(step)
         norm = gradient_norm(self._counted(), self.stages)
-        for parameters in by_mesh(self.model.parameters()):
-            torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm, foreach=False)
+        clip_gradients_(self.model.parameters(), 1.0, norm)
         self.optimizer.step(1e-3)
         self.end_step()
         self.average.update(self.model)

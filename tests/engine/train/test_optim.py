@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from carillon.engine.config import UserError, build
+from carillon.engine.parallel.collectives import clip_gradients_, gradient_norm
 from carillon.engine.train.optim import (
     NamedAdamW,
     OptimizationConfig,
@@ -118,3 +119,17 @@ def test_bad_settings_are_refused(values: dict[str, object], message: str) -> No
 def test_lengths_beyond_any_run_are_refused(values: dict[str, float], limit: int) -> None:
     with pytest.raises(UserError, match=f"at most {limit} is allowed"):
         build(OptimizationConfig, values)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e3, math.inf])
+def test_gradients_are_clipped_as_torch_clips_them(limit: float) -> None:
+    ours, theirs = (nn.Linear(3, 4), nn.Linear(3, 4))
+    for model in (ours, theirs):
+        for i, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.full_like(parameter, 2.0 + i)
+    norm = gradient_norm(ours.parameters())
+    assert norm == torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit)
+    clip_gradients_(ours.parameters(), limit, norm)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    assert (gradient_norm(ours.parameters()) < norm) == (limit < norm)
