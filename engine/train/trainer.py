@@ -103,6 +103,12 @@ class Trainer(Generic[B]):
         tensors = self._tensors()
         read_tensors(checkpoint, tensors, partial=False, shapes=self._shapes_of_all(tensors))
         state = checkpoint.state
+        missing = {"loader", "guard", "best", "config_hash", "fp8_shadow"} - state.keys()
+        if missing:
+            raise UserError(
+                f"checkpoint {checkpoint.path} has weights and no state of a training "
+                f"({', '.join(sorted(missing))}): it comes from elsewhere; move that folder away"
+            )
         self.step = int(state["step"])
         first = self.world.data_rank == 0  # on every process with its samples: copies are averaged
         counts = {} if first else dict.fromkeys(self.loader.counts(), 0)

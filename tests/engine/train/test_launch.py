@@ -1,6 +1,8 @@
 """Faults through the real command: one message, the right exit code, nothing half-written."""
 
+import hashlib
 import importlib.util
+import json
 import os
 import resource
 import runpy
@@ -242,6 +244,23 @@ def test_a_checkpoint_of_other_settings_is_refused(
     other.checkpoints()[-1].path.rename(setup.run / "checkpoints" / "step-00000007")
     assert setup.train() == 2
     assert "is of a run with other settings" in complaint(capsys)
+
+
+def test_a_checkpoint_from_elsewhere_is_refused(
+    trained: Setup, tmp_path: Path, capsys: Capture
+) -> None:
+    """Its tensors fit; that it is no state of a training is said, not found by a missing key."""
+    setup = trained.killed_after(5, tmp_path / "runs")
+    (checkpoint,) = setup.checkpoints()
+    (checkpoint.path / "state.json").write_text('{"step": 5}')
+    name, manifest = "state.json", checkpoint.path / "manifest.json"
+    listed = json.loads(manifest.read_text())
+    content = (checkpoint.path / name).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    listed["files"][name] = {"sha256": digest, "size_bytes": len(content)}
+    manifest.write_text(json.dumps(listed))
+    assert setup.train() == 2
+    assert "no state of a training (best, config_hash" in complaint(capsys)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "tokenizer.json"])
