@@ -3,6 +3,7 @@
 SIGTERM (Slurm's end of time, a preemption), SIGUSR1 (Slurm's warning before it) and the first
 Ctrl-C only set a flag, from the start of the command on; the training loop acts on it after its
 step, and an evaluation in training is left at its next batch. A second Ctrl-C interrupts at once.
+While a process waits for others to start, a signal ends it (engine/parallel/meeting.py).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class StopRequest:
             yield self
         finally:
             for kind, handler in before.items():
-                signal.signal(kind, handler)
+                if signal.getsignal(kind) is not signal.SIG_IGN:  # as by now, while it leaves
+                    signal.signal(kind, handler)
 
     def check(self) -> None:
         """Raise StopAsked once a signal has come."""

@@ -2,11 +2,14 @@
 
 import json
 import os
+import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +34,15 @@ class Cluster:
     """Two nodes with one process each, and the folder of a job."""
 
     def __init__(self, folder: Path, data: Path) -> None:
-        self.folder, self.state = folder, folder / "state"
+        self.folder, self.state, self.job = folder, folder / "state", _job_with_a_free_port()
         self.state.mkdir(parents=True)
         self.given = (*TINY_SET["SMALL"], f"data.path={data}", "evaluation.in_training.every=0")
 
     def submit(self, *arguments: str) -> "subprocess.Popen[str]":
         path = f"{FAKES}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         command = ["sbatch", "--nodes=2", "--ntasks-per-node=1", str(SCRIPT), *arguments]
-        environment = os.environ | {"PATH": path, "FAKE_SLURM": str(self.state)}
+        fake = {"FAKE_SLURM": str(self.state), "FAKE_SLURM_JOB": str(self.job)}
+        environment = os.environ | {"PATH": path} | fake
         return subprocess.Popen(command, cwd=self.folder, env=environment, text=True)
 
     def train(self, *overrides: str) -> "subprocess.Popen[str]":
@@ -60,10 +64,19 @@ class Cluster:
         return [step for step in map(_step, lines) if step is not None]
 
     def log(self) -> str:
-        return (self.folder / "carillon-4242.log").read_text()
+        return (self.folder / f"carillon-{self.job}.log").read_text()
 
     def codes(self) -> list[int]:
         return [int(line) for line in (self.state / "codes").read_text().splitlines()]
+
+
+def _job_with_a_free_port() -> int:
+    """A number of which train.sbatch makes a port that nobody has: others may test here too."""
+    while True:
+        job = random.randrange(12_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", 20_000 + job))
+            return job
 
 
 def _step(line: str) -> int | None:
