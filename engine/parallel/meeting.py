@@ -30,6 +30,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from carillon.engine.log import logger
 from carillon.engine.parallel.place import Place, say
+from carillon.engine.parallel.refusals import explained, flat, listed, refusal_of
 
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75
@@ -39,7 +40,6 @@ _STAY_S = 15.0  # that rank 0 keeps its store for others to read that they are r
 _SETTLE_S = 3.0  # from the first error to the message: others may have the same
 _LAG_S = 5.0  # that others wait longer than rank 0, so that it is the one who tells
 _POLL_S = 0.05
-_MOST_NAMED = 5  # settings that differ, or ranks
 _meetings = itertools.count()  # of this process, and so of every other
 
 
@@ -89,7 +89,7 @@ class _Meeting:
             f"and take another port (torchrun --master-port) where it does not ({place})"
         )
         self._token = secrets.token_hex(8)
-        named = {"WORLD_SIZE": place.size} | dict(_flat(settings))
+        named = {"WORLD_SIZE": place.size} | dict(flat(settings))
         self._own = {
             "token": self._token,
             "problem": problem,
@@ -179,7 +179,7 @@ class _Meeting:
         try:
             if self.problem is None:
                 self._gather(store, came)
-            refusal = _refusal(came)
+            refusal = refusal_of(came)
         except _Apart as late:
             refusal, expected = str(late), len(came) - 1
         if refusal is None:
@@ -203,12 +203,12 @@ class _Meeting:
             for rank in missing:
                 if store.check([_key(rank)]):
                     came[rank] = json.loads(store.get(_key(rank)))
-                    if settled is None and _refusal(came) is not None:
+                    if settled is None and refusal_of(came) is not None:
                         settled = time.monotonic() + _SETTLE_S
             missing = [rank for rank in missing if rank not in came]
             if not missing or (settled is not None and time.monotonic() > settled):
                 return
-            text = f"{_ranks(missing)} of {self.place.size} have not come"
+            text = f"{listed(missing)} of {self.place.size} have not come"
             self._pause(text, explained(text, self.place, self.timeout_s))
 
     def _follow(self, store: Store) -> None:
@@ -240,7 +240,7 @@ class _Meeting:
         if time.monotonic() > min(self._quiet_until, self.until):
             missing = [rank for rank in range(self.place.size) if not store.check([_key(rank)])]
             if set(range(self.place.rank)) <= set(missing):
-                text = f"{_ranks(missing)} of {self.place.size} have not come"
+                text = f"{listed(missing)} of {self.place.size} have not come"
         self._pause(text, text and explained(text, self.place, self.timeout_s))
 
     def _pause(self, waiting: str, refusal: str) -> None:
@@ -256,74 +256,5 @@ class _Meeting:
         time.sleep(self._poll_s)
 
 
-def explained(error: str, place: Place, timeout_s: float = 0.0) -> str:
-    """What keeps processes apart, by torch's or our words for it, and what to do."""
-    if "EADDRINUSE" in error:
-        advice = (
-            f"port {place.port} is in use on this machine: end what listens there, or take another "
-            "(torchrun --master-port, or --standalone on one machine)"
-        )
-    elif "have not come" in error:
-        advice = (
-            f"not all {place.size} processes came within {timeout_s:.0f} s "
-            "(distributed.rendezvous_s): look why one did not start, and that --nnodes, "
-            "--nproc-per-node and the address are the same on all machines"
-        )
-    else:
-        advice = (
-            "the processes did not come together: look that rank 0 runs, and that its address can "
-            "be reached from here"
-        )
-    return f"{advice} ({place}: {error})"
-
-
-def _refusal(came: Mapping[int, Any]) -> str | None:
-    """Rank 0's own problem, else that of others, else settings that differ."""
-    own = came[0]
-    if own["problem"] is not None:
-        return str(own["problem"])
-    ranks_of: dict[str, list[int]] = {}
-    for rank in sorted(came):
-        if came[rank]["problem"] is not None:
-            ranks_of.setdefault(came[rank]["problem"], []).append(rank)
-    if ranks_of:
-        return "; ".join(f"{_ranks(ranks)}: {problem}" for problem, ranks in ranks_of.items())
-    names = dict.fromkeys(name for rank in sorted(came) for name in came[rank]["settings"])
-    differences = [
-        f"{name} {_set(own['settings'], name, 'is')} on rank 0 and "
-        f"{_set(came[rank]['settings'], name)} on rank {rank}"
-        for name in names
-        for rank in sorted(came)
-        if came[rank]["settings"].get(name) != own["settings"].get(name)
-    ]
-    if not differences:
-        return None
-    more = len(differences) - _MOST_NAMED
-    return (
-        "ranks were started with different settings: "
-        + "; ".join(differences[:_MOST_NAMED])
-        + (f"; and {more} more" if more > 0 else "")
-        + ". Start all of them by the same command, from the same config file"
-    )
-
-
-def _set(settings: Mapping[str, str], name: str, verb: str = "") -> str:
-    return f"{verb} {settings[name]}".strip() if name in settings else "is not set"
-
-
-def _ranks(ranks: list[int]) -> str:
-    named = ", ".join(map(str, ranks[:_MOST_NAMED]))
-    more = len(ranks) - _MOST_NAMED
-    return f"rank{'s' * (len(ranks) > 1)} {named}" + (f" and {more} more" if more > 0 else "")
-
-
 def _key(rank: int) -> str:
     return f"rank/{rank}"
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -21,9 +21,10 @@ from torch._C._distributed_c10d import Store
 
 from carillon.engine.config import UserError
 from carillon.engine.parallel.config import DistributedConfig
-from carillon.engine.parallel.meeting import EXIT_USER_ERROR, REFUSED_S, explained, meet
+from carillon.engine.parallel.meeting import EXIT_USER_ERROR, REFUSED_S, meet
 from carillon.engine.parallel.mesh import World, degrees_of, lay_out
 from carillon.engine.parallel.place import Place, own_place, say
+from carillon.engine.parallel.refusals import explained
 
 
 @contextmanager
