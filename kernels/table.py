@@ -14,7 +14,7 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -103,6 +103,21 @@ def resolve(op: str, device: torch.device | str, provider: str | None = None) ->
         ProviderError: the provider exists but cannot run here (not built, built for another
             torch, no CUDA).
     """
+    kernel: Kernel = getattr(_RESOLVED, _resolve(op, device, provider))
+    return kernel
+
+
+# Where `_resolve` leaves what it found: torch.compile takes no function as a constant.
+_RESOLVED = SimpleNamespace()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _resolve(op: str, device: torch.device | str, provider: str | None) -> str:
+    """The name of the attribute of _RESOLVED.
+
+    torch.compile calls this as it is: tracing the imports would cut a compiled block in two at
+    each of its ops.
+    """
     if op not in OPS:
         raise ValueError(f"unknown op '{op}': the ops are {', '.join(sorted(OPS))}")
     kind = torch.device(device).type
@@ -112,7 +127,9 @@ def resolve(op: str, device: torch.device | str, provider: str | None = None) ->
     chosen = names[0] if provider is None else provider
     if chosen not in names:
         raise ValueError(f"{op} on {kind} has the providers {', '.join(names)}; got '{chosen}'")
-    return _PROVIDERS[chosen](op, kind)
+    name = f"{op}_{kind}_{chosen}"
+    setattr(_RESOLVED, name, _PROVIDERS[chosen](op, kind))
+    return name
 
 
 def _reference(op: str, kind: str) -> Kernel:

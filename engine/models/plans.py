@@ -13,6 +13,7 @@ from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig, divisors
 from carillon.engine.models.towers.dual_encoder import DualEncoder, DualEncoderConfig
+from carillon.engine.nn.fp8 import UNIT
 from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.pipeline_split import split_problems
 from carillon.engine.parallel.plan import Plan, Split
@@ -74,13 +75,6 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
     if moe.num_experts is not None:
         sizes.append(("model.moe.expert_width", moe.expert_width))
     yield from tp_problems(tp, sizes)
-    if layout.sequence_parallel and layout.pp > 1:
-        yield (
-            "distributed.sequence_parallel: true does not run in a decoder's pipeline stages yet; "
-            "drop it, or pp"
-        )
-    if layout.compile and tp > 1:
-        yield f"distributed.compile: true with tp={tp} does not run in a decoder yet; drop either"
     if ep > 1 and moe.num_experts is None:
         yield f"distributed.ep: {ep} given, but the model has no experts; use ep=1"
     elif ep > 1 and moe.num_experts is not None and moe.num_experts % ep:
@@ -101,13 +95,50 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
             f"model.context ({config.context}); use a multiple of {tp * layout.cp}, or drop it"
         )
     yield from _context_problems(config, layout)
+    if layout.precision == "fp8":
+        yield from _fp8_problems(config, layout)
+
+
+def _fp8_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterator[str]:
+    moe, tp, kept = config.moe, layout.tp, layout.fp8_keep_blocks
+    if config.width % UNIT:
+        yield (
+            f"distributed.precision: fp8 multiplies sides that are multiples of {UNIT}, and "
+            f"model.width ({config.width}) is none, so no layer would; change it, or use "
+            "precision=bf16"
+        )
+    if 2 * kept >= config.depth:
+        yield (
+            f"distributed.fp8_keep_blocks: {kept} at either end leave none of {config.depth} "
+            f"blocks in 8 bits; use at most {(config.depth - 1) // 2}, or precision=bf16"
+        )
+    attention = (config.num_heads + 2 * config.kv_heads) * (config.width // config.num_heads)
+    sides = {
+        "model.width": (config.width,),
+        "model's queries, keys and values": (attention,),
+        "model.mlp_width": (config.mlp_width, 2 * config.mlp_width),
+    }
+    if moe.num_experts is not None:
+        shared = moe.shared_experts * moe.expert_width
+        sides["model.moe.shared_experts x expert_width"] = (shared, 2 * shared)
+    for name, sizes in sides.items():
+        if not _are_whole_units(sizes, tp):
+            fits = [str(n) for n in divisors(sizes[0]) if n < tp and _are_whole_units(sizes, n)]
+            yield (
+                f"distributed.tp: {tp} leaves a share of {name} ({sizes[0]}) that is no multiple "
+                f"of {UNIT}, as 8-bit products need; use one of {', '.join(fits)}, or "
+                "precision=bf16"
+            )
+
+
+def _are_whole_units(sizes: tuple[int, ...], tp: int) -> bool:
+    """Whether shares of the sides of layers that take 8 bits in one process can take them too."""
+    return not any(size % UNIT == 0 and size // tp % UNIT for size in sizes)
 
 
 def _context_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterator[str]:
     if layout.cp == 1:
         return
-    if layout.pp > 1:
-        yield f"distributed.cp: {layout.cp} does not run in pipeline stages yet; drop cp, or pp"
     for error in row_length_errors(config.context, layout.cp):
         yield f"distributed.{error}; rows are model.context long"
     local = config.num_heads // layout.tp

@@ -57,14 +57,40 @@ class _Product(torch.autograd.Function):
         return y_MN[:num_rows]
 
     @staticmethod
-    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_column, x_scale, weight_column, weight_scale = ctx.saved_tensors
         recipe = ctx.scaling.recipe
         grad = ctx.scaling.cast(whole_units(grad_MN), Role.GRADIENT)
         x_dtype, weight_dtype = ctx.dtypes
-        x_grad = _multiply(recipe, (grad.row, grad.row_scale), (weight_column, weight_scale))
-        weight_grad = _multiply(recipe, (grad.column, grad.column_scale), (x_column, x_scale))
-        return x_grad[: ctx.num_rows].to(x_dtype), weight_grad.to(weight_dtype), None
+        x_grad = weight_grad = None
+        wants_x, wants_weight = _wanted(ctx)
+        if wants_x:
+            product = _multiply(recipe, (grad.row, grad.row_scale), (weight_column, weight_scale))
+            x_grad = product[: ctx.num_rows].to(x_dtype)
+        if wants_weight:
+            product = _multiply(recipe, (grad.column, grad.column_scale), (x_column, x_scale))
+            weight_grad = product.to(weight_dtype)
+        return x_grad, weight_grad, None
+
+
+def _wanted(ctx: Any) -> list[bool]:
+    """Which of the gradients of x and weight this backward pass is for.
+
+    A pipeline's zero-bubble schedule takes them in two passes, and `ctx.needs_input_grad` says the
+    same in both.
+    """
+    if torch.compiler.is_compiling():  # never with such a schedule
+        return [*ctx.needs_input_grad[:2]]
+    return [_is_wanted(node) for node, _ in ctx.next_functions]
+
+
+def _is_wanted(node: Any) -> bool:
+    if node is None:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # a leaf, whose gradient alone was asked for: it cannot be told otherwise
+        return True
 
 
 def _multiply(recipe: Recipe, a: Codes, b: Codes) -> Tensor:

@@ -9,7 +9,7 @@ Status: native and torchao run on CPU; not run on a GPU yet, which Transformer E
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Literal, cast
@@ -17,6 +17,7 @@ from typing import Literal, cast
 import torch
 from torch import nn
 
+from carillon.engine.log import logger
 from carillon.engine.nn.fp8 import UNIT, Fp8Linear
 from carillon.engine.nn.fp8_foreign import torchao_linear, transformer_engine_linear
 from carillon.engine.nn.fp8_scaling import DelayedScaling, Recipe, Scaling
@@ -27,6 +28,7 @@ RECIPES: dict[Provider, tuple[Recipe, ...]] = {
     "torchao": ("tensorwise", "rowwise"),
     "transformer_engine": ("tensorwise", "blockwise"),
 }
+_TABLE = "delayed_scaling"  # an attribute of each part of a model
 _INSTALL = {
     "torchao": "pip install torchao",
     "transformer_engine": "pip install --no-build-isolation transformer_engine[pytorch]",
@@ -56,14 +58,21 @@ def provider_problems(provider: Provider, recipe: Recipe) -> Iterator[str]:
 def fp8_linears(model: nn.Module, keep_blocks: int) -> dict[str, nn.Linear]:
     """The layers that take 8-bit products, by name; `keep_blocks` are left out at either end of
     each stack."""
-    found = {}
+    found: dict[str, nn.Linear] = {}
+    num = 0
     for stack, blocks in model.named_modules():
         if stack.rpartition(".")[2] != "blocks" or not isinstance(blocks, nn.ModuleList):
             continue
-        for index in range(keep_blocks, len(blocks) - keep_blocks):
-            for name, module in blocks[index].named_modules():
-                if type(module) is nn.Linear and "router" not in name and not _odd(module):
-                    found[f"{stack}.{index}.{name}"] = module
+        for index, block in enumerate(blocks):
+            linears = {
+                name: module
+                for name, module in block.named_modules()
+                if type(module) is nn.Linear and "router" not in name
+            }
+            num += len(linears)
+            if keep_blocks <= index < len(blocks) - keep_blocks:
+                found |= {f"{stack}.{index}.{n}": m for n, m in linears.items() if not _odd(m)}
+    logger.info("fp8: %d of the blocks' %d linear layers take 8-bit products", len(found), num)
     return found
 
 
@@ -78,34 +87,44 @@ def to_fp8(
     provider: Provider = "auto",
     keep_blocks: int = 0,
     history: int = 16,
+    parts: Sequence[nn.Module] | None = None,
 ) -> dict[str, nn.Module]:
     """Make the linear layers of the model's blocks take 8-bit products, in place.
 
-    `history`: steps whose amaxes delayed scaling keeps. Returns the layers by name.
+    `history`: steps whose amaxes delayed scaling keeps. `parts`: this process's pieces of the
+    model, under its names; without them, all of it is here. Returns the layers here by name.
     """
-    linears = fp8_linears(model, keep_blocks)
+    names, parts = list(fp8_linears(model, keep_blocks)), parts or [model]
+    part_of = {name: part for part in parts for name, _ in part.named_modules()}
+    linears = {
+        name: cast(nn.Linear, part_of[name].get_submodule(name))
+        for name in names
+        if name in part_of
+    }
     if provider in ("torchao", "transformer_engine"):
         convert = torchao_linear if provider == "torchao" else transformer_engine_linear
         converted = {name: convert(linear, recipe) for name, linear in linears.items()}
         for name, layer in converted.items():
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
+            setattr(part_of[name].get_submodule(parent), child, layer)
         return converted
-    device = next(model.parameters()).device
-    table = DelayedScaling(list(linears), history, device) if recipe == "delayed" else None
-    for index, linear in enumerate(linears.values()):
+    table = None
+    if recipe == "delayed":
+        # Of all layers, also where some are on other processes: amaxes meet in tables of one shape.
+        table = DelayedScaling(names, history, next(parts[0].parameters()).device)
+        for part in parts:
+            setattr(part, _TABLE, table)
+    for name, linear in linears.items():
         linear.__class__ = Fp8Linear
-        slot = None if table is None else table.slot(index)
+        slot = None if table is None else table.slot(names.index(name))
         cast(Fp8Linear, linear).scaling = Scaling(recipe, slot)
     return dict(linears)
 
 
 def delayed_scaling(model: nn.Module) -> DelayedScaling | None:
     """The amaxes of a model whose layers are scaled by them, else none."""
-    for module in model.modules():
-        if isinstance(module, Fp8Linear) and module.scaling.slot is not None:
-            return module.scaling.slot.table
-    return None
+    tables = (getattr(module, _TABLE, None) for module in model.modules())
+    return next((table for table in tables if table is not None), None)
 
 
 @contextmanager

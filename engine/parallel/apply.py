@@ -71,13 +71,15 @@ def apply_layout(
         share_context(laid_out, config.cp_method, context.get_group())
     if config.precision == "fp8":
         layers = to_fp8(
-            laid_out,
+            model,
             config.fp8_recipe,
             provider=config.fp8_provider,
             keep_blocks=config.fp8_keep_blocks,
             history=config.fp8_history,
+            parts=roots,
         )
-        split_fp8(layers.values(), world.group)
+        across = [world.loss_group, tp.get_group() if tp is not None else None]
+        split_fp8(layers.values(), [group for group in across if group is not None])
     laid_out.set_recompute(config.grad_checkpointing)
     if config.compile:
         # Split blocks are compiled per length: with symbolic sizes DTensor recurses without end.

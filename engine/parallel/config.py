@@ -21,6 +21,7 @@ from carillon.engine.parallel.determinism import nondeterministic
 ContextMethod = Literal["ulysses", "ring", "all_gather"]
 Dispatcher = Literal["auto", "all_to_all", "deepep"]
 DEEPEP = "deep_ep"  # the package
+ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,14 +209,27 @@ class DistributedConfig:
                 yield f"fp8_shadow: given, but precision is {self.precision}; drop it"
             return
         yield from provider_problems(self.fp8_provider, self.fp8_recipe)
-        if self.pp > 1:
-            yield f"precision: fp8 does not run in pipeline stages yet (pp={self.pp}); use bf16"
+        if self.pp > 1 and self.fp8_shadow.every:
+            yield (
+                f"fp8_shadow: given, but its second look does not run in pipeline stages "
+                f"(pp={self.pp}); drop it, or pp"
+            )
         if self.fp8_recipe != "delayed" and changed(self, "fp8_history"):
             yield f"fp8_history: {self.fp8_history} given, but fp8_recipe is {self.fp8_recipe}"
         if self.fp8_provider not in ("auto", "native") and self.tp > 1:
             yield (
                 f"fp8_provider: {self.fp8_provider} does not multiply shares (tp={self.tp}); use "
                 "native, or tp=1"
+            )
+        if (
+            self.fp8_provider not in ("auto", "native")
+            and self.pp > 1
+            and self.pp_schedule in ZERO_BUBBLE
+        ):
+            yield (
+                f"fp8_provider: {self.fp8_provider} does not go with pp_schedule="
+                f"{self.pp_schedule}, which takes gradients of inputs and weights apart; use "
+                "native, or 1f1b or interleaved1f1b"
             )
         if self.compile and self.fp8_recipe == "delayed":
             yield "fp8_recipe: delayed is not compiled yet; use tensorwise, or compile=false"
@@ -233,7 +247,7 @@ class DistributedConfig:
                 f"pp_stages_per_rank: {self.pp_stages_per_rank} given, but pp_schedule is "
                 f"{self.pp_schedule}; use an interleaved one, or drop it"
             )
-        if self.compile and self.pp > 1 and self.pp_schedule in ("interleaved_zero_bubble", "zbv"):
+        if self.compile and self.pp > 1 and self.pp_schedule in ZERO_BUBBLE:
             yield (
                 f"compile: true does not go with pp_schedule={self.pp_schedule}, which takes "
                 "gradients of inputs and weights apart; use 1f1b or interleaved1f1b, or compile "

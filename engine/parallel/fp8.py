@@ -4,8 +4,9 @@ The styles of tensor.py hand a layer DTensors. Its local matrices are multiplied
 placed as torch would place it: a share of the columns, or one summand of the rows. Where one scale
 stands for a whole matrix, its amax is the largest of all shares, so the codes are those of one
 process: tensorwise by an exchange of one number for each split matrix, delayed by one exchange a
-step over all processes, those with other samples included (in its first step, by one for each
-cast). Rows and blocks are scaled by share: no message, and no coarser than one process's groups.
+step over all processes, those with other samples and other stages included (in its first step, by
+one for each cast, over those with the same stages). Rows and blocks are scaled by share: no
+message, and no coarser than one process's groups.
 Sums over shares are of bfloat16 products, as they are in bfloat16.
 Left out: torchao's and Transformer Engine's own split layers.
 Status: runs on CPU with gloo; not run on a GPU yet.
@@ -13,7 +14,7 @@ Status: runs on CPU with gloo; not run on a GPU yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch.distributed as dist
@@ -51,19 +52,28 @@ class SplitFp8Linear(Fp8Linear):
         return placed
 
 
-def split_fp8(layers: Iterable[nn.Module], group: dist.ProcessGroup | None) -> None:
+def split_fp8(layers: Iterable[nn.Module], groups: Sequence[dist.ProcessGroup]) -> None:
     """Make 8-bit layers multiply their shares, in place, where their weights are split.
 
-    `group`: all processes; delayed scaling's first step has one scale for what they hold together.
+    `groups`: along them are all processes that have these layers (none: one process); delayed
+    scaling's first step has one scale for what they hold together.
     """
+
+    def largest(amax: Tensor) -> Tensor:
+        for group in groups:
+            amax = largest_over(amax, group)
+        return amax
+
     for layer in layers:
-        if not isinstance(layer, Fp8Linear) or group is None:
+        if not isinstance(layer, Fp8Linear) or not groups:
             continue
         if layer.scaling.slot is not None:
             layer.scaling.shares = frozenset(Role)
-            layer.scaling.largest_of_shares = partial(largest_over, group=group)
+            layer.scaling.largest_of_shares = largest
         if isinstance(layer.weight, DTensor):
-            assert not any(side % UNIT for side in layer.weight.to_local().shape)  # RunConfig.check
+            assert not any(
+                side % UNIT for side in layer.weight.to_local().shape
+            )  # plans, RunConfig.check
             layer.__class__ = SplitFp8Linear
         if isinstance(layer.weight, DTensor) and layer.scaling.slot is None:
             columns = layer.weight.placements == (Shard(0),)

@@ -12,6 +12,7 @@ Status: runs on CPU with gloo; not run on a GPU yet, and fsdp_offload nowhere.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -44,6 +45,8 @@ def shard_over_data(
     mesh = world.fsdp_mesh
     if mesh is None:
         return
+    # A decoder's logits are a view; nothing writes into them, which is what the warning is about.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(
         param_dtype=_DTYPES[config.fsdp_gather],
         reduce_dtype=_DTYPES[config.fsdp_reduce],

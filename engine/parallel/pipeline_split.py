@@ -9,8 +9,8 @@ its V placement).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 
 from carillon.engine.parallel.config import DistributedConfig
 
@@ -71,6 +71,22 @@ def balanced_split(costs: Sequence[int], stages: int) -> tuple[int, ...]:
 def split_of(config: DistributedConfig, tower: str, costs: Sequence[int]) -> tuple[int, ...]:
     """Blocks per stage of a tower: as the config says, else balanced."""
     return config.pp_split.get(tower) or balanced_split(costs, num_stages(config))
+
+
+def stage_imbalance(config: DistributedConfig, costs: Mapping[str, Sequence[int]]) -> float:
+    """The busiest process's share of the work over an even one, by towers that run in turn.
+
+    `costs` by tower: as for `balanced_split`. 1 where stages are equally dear, or without them.
+    """
+    busiest = 0
+    for tower, (embedding, *blocks, head) in costs.items():
+        upto = [0, *accumulate(split_of(config, tower, [embedding, *blocks, head]))]
+        stages = [sum(blocks[start:stop]) for start, stop in pairwise(upto)]
+        stages[0] += embedding
+        stages[-1] += head
+        ranks = range(config.pp)
+        busiest += max(sum(stages[i] for i in stages_of(config, rank)) for rank in ranks)
+    return busiest * config.pp / sum(map(sum, costs.values()))
 
 
 def split_problems(config: DistributedConfig, depths: dict[str, int]) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 The number of tokens that count in the global batch is known before the step, so the losses of
 microbatches add up to the loss, and the terms of routers enter by their own gradients: one pass of
-any schedule is the step. Microbatches are whole rows.
+any schedule is the step. Microbatches are of rows: whole ones, or with context parallelism the
+process's share of each. With sequence parallelism a share of those tokens travels between stages.
 Status: runs on CPU with gloo; not run on a GPU yet.
 """
 
@@ -24,7 +25,7 @@ from carillon.engine.models.towers.decoder_stages import decoder_pieces
 from carillon.engine.nn.router import Router
 from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.pipeline import Pipeline, Shapes, from_last_stage
-from carillon.engine.parallel.pipeline_split import split_of, stages_of
+from carillon.engine.parallel.pipeline_split import split_of, stage_imbalance, stages_of
 
 
 class PipelinedDecoder(nn.Module):
@@ -39,7 +40,10 @@ class PipelinedDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self._width, self.vocab_size = model.config.width, model.head.out_features
-        split = split_of(config, "decoder", model.costs(model.config.context))
+        self._ways_by_tokens = config.tp if config.sequence_parallel else 1
+        costs = model.costs(model.config.context)
+        self.stage_imbalance = stage_imbalance(config, {"decoder": costs})
+        split = split_of(config, "decoder", costs)
         self._pieces = decoder_pieces(model, split, stages_of(config, dist.get_rank(group)))
         self.parts = nn.ModuleList(self._pieces)
         self._pipeline = Pipeline(self._pieces, config, group, device=device, loss=self._loss)
@@ -71,7 +75,7 @@ class PipelinedDecoder(nn.Module):
         shapes = Shapes(
             first=(size, length),
             dtype=rows.tokens.dtype,
-            between=(size, length, self._width),
+            between=(size, length // self._ways_by_tokens, self._width),
             last=(size, length, self.vocab_size if split is None else split.num_own),
         )
         extras = {"positions_BL": rows.positions, "offsets_BS": rows.offsets}

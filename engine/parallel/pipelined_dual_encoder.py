@@ -26,7 +26,7 @@ from carillon.engine.models.towers.dual_encoder import MAX_LOGIT_SCALE, DualEnco
 from carillon.engine.models.towers.stages import ScalePiece, TextPiece, VisionPiece, pieces
 from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.pipeline import Pipeline, Shapes, from_last_stage
-from carillon.engine.parallel.pipeline_split import split_of, stages_of
+from carillon.engine.parallel.pipeline_split import split_of, stage_imbalance, stages_of
 
 
 class PipelinedDualEncoder(nn.Module):
@@ -43,6 +43,7 @@ class PipelinedDualEncoder(nn.Module):
         self.dims = model.dims
         self._vision_config, self._text_config = model.vision.config, model.text.config
         costs = model.costs(self._vision_config.image_size, self._text_config.context)
+        self.stage_imbalance = stage_imbalance(config, {"vision": costs[0], "text": costs[1]})
         wanted = stages_of(config, dist.get_rank(group))
         vision = pieces(model, "vision", split_of(config, "vision", costs[0]), wanted)
         text = pieces(model, "text", split_of(config, "text", costs[1]), wanted)

@@ -7,7 +7,11 @@ With sequence parallelism the residual stream of a stack of blocks lies by token
 sums are computed and kept once and not tp times; each sum over processes becomes a gather before
 the products and a scatter after them. An encoder's tokens are padded up to a multiple of tp, the
 padding hidden from all others, and its last block has all of them, since it may compute only the
-one that is pooled. A mixture of experts sees all tokens too.
+one that is pooled. A mixture of experts sees all tokens too. Pieces of a decoder, whose rows have
+one length, hand a share of the tokens on; pieces of an encoder all of them.
+Between modules go plain tensors only, so that a compiled block may be cut anywhere: the compiler
+(torch 2.13, inductor) takes a DTensor's gradient for contiguous where it is not, and has no
+gradient for a tensor that is still on its way.
 Source: Korthikanti et al. 2022 (Reducing Activation Recomputation), section 4.2.2.
 Status: runs on CPU with gloo; not run on a GPU yet, and overlap_exchange nowhere.
 """
@@ -32,6 +36,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from carillon.engine.models.towers.decoder import Decoder
+from carillon.engine.models.towers.decoder_stages import DecoderPiece
 from carillon.engine.nn.moe import Moe
 from carillon.engine.nn.norm import LayerNorm, RMSNorm
 from carillon.engine.nn.transformer import Block, Transformer
@@ -60,16 +65,19 @@ def split_tensors(
             if split is not Split.STREAM and fnmatchcase(name, pattern):
                 styles[name] = _style(split, by_tokens=module in inside)
         if isinstance(module, LayerNorm | RMSNorm) and module in inside and name not in styles:
-            styles[name] = SequenceParallel(sequence_dim=_TOKENS_DIM)
+            styles[name] = SequenceParallel(sequence_dim=_TOKENS_DIM, use_local_output=True)
     parallelize_module(model, mesh, styles)
+    for name in styles:
+        if isinstance(modules[name], nn.Embedding):  # its sum over processes is not waited for
+            modules[name].register_forward_hook(lambda _, given, x_BLD: x_BLD.clone())
     for stream in streams:
         _lay_by_tokens(stream, mesh)
 
 
 def _blocks_by_tokens(stream: nn.Module) -> Iterator[list[nn.Module]]:
     """The modules of each block that sees a share of the tokens, less those that need all."""
-    if isinstance(stream, Decoder):
-        for block in stream.blocks:
+    if isinstance(stream, Decoder | DecoderPiece):
+        for block in _own_blocks(stream):
             whole = {part for mixture in _mixtures(block) for part in mixture.modules()}
             yield [part for part in block.modules() if part not in whole]
     elif isinstance(stream, Transformer):
@@ -78,6 +86,10 @@ def _blocks_by_tokens(stream: nn.Module) -> Iterator[list[nn.Module]]:
                 yield list(block.modules())
     else:
         raise TypeError(f"{type(stream).__name__} has no residual stream that is known here")
+
+
+def _own_blocks(stream: Decoder | DecoderPiece) -> list[nn.Module]:
+    return list(stream.blocks if isinstance(stream, Decoder) else stream.own_blocks())
 
 
 def _mixtures(module: nn.Module) -> Iterator[Moe]:
@@ -112,18 +124,19 @@ def _lay_by_tokens(stream: nn.Module, mesh: DeviceMesh) -> None:
         return whole.redistribute(placements=[Shard(_TOKENS_DIM)]).to_local()
 
     def joined(x_BLD: Tensor) -> Tensor:
-        if not isinstance(x_BLD, DTensor):
-            x_BLD = DTensor.from_local(x_BLD, mesh, [Shard(_TOKENS_DIM)], run_check=False)
-        return x_BLD.redistribute(placements=[Replicate()]).to_local()
+        shares = DTensor.from_local(x_BLD, mesh, [Shard(_TOKENS_DIM)], run_check=False)
+        return shares.redistribute(placements=[Replicate()]).to_local()
 
     def join(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         return (joined(arguments[0]), *arguments[1:])
 
-    if isinstance(stream, Decoder):
-        stream.blocks[0].register_forward_pre_hook(
-            lambda _, arguments: (cut(arguments[0]), *arguments[1:])
-        )
-        stream.norm.register_forward_pre_hook(join)
+    if isinstance(stream, Decoder | DecoderPiece):
+        if stream.token is not None:  # else a share comes from the piece before
+            _own_blocks(stream)[0].register_forward_pre_hook(
+                lambda _, arguments: (cut(arguments[0]), *arguments[1:])
+            )
+        if stream.norm is not None:
+            stream.norm.register_forward_pre_hook(join)
         for mixture in _mixtures(stream):
             mixture.register_forward_pre_hook(join)
             mixture.register_forward_hook(lambda _, arguments, y_BLD: cut(y_BLD))

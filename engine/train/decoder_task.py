@@ -23,6 +23,7 @@ from carillon.engine.models.towers.decoder_config import DecoderConfig
 from carillon.engine.parallel.apply import LaidOutDecoder, apply_layout
 from carillon.engine.parallel.mesh import World
 from carillon.engine.parallel.pipeline_split import microbatch_size
+from carillon.engine.parallel.pipelined_decoder import PipelinedDecoder
 from carillon.engine.parallel.routers import finish_step
 from carillon.engine.parallel.zigzag import Zigzag
 from carillon.engine.train.language_step import language_forward_backward, language_loss_alone
@@ -62,6 +63,9 @@ class DecoderTask:
         )
         self._flops_per_token = cache(self.model.flops_per_token)
 
+    def stage_imbalance(self) -> float:
+        return self.model.stage_imbalance if isinstance(self.model, PipelinedDecoder) else 1.0
+
     def no_decay_names(self) -> frozenset[str]:
         return self.model.no_decay_names()
 
@@ -82,7 +86,7 @@ class DecoderTask:
         )
 
     def loss_alone(self, batch: CaptionRows) -> Tensor:
-        assert isinstance(self.model, Decoder)  # fp8 runs in no pipeline
+        assert isinstance(self.model, Decoder)  # the shadow looks into no pipeline
         rows = self._share(batch)
         num = len(rows.tokens) // self._microbatch_size(len(rows.tokens))
         return language_loss_alone(

@@ -60,6 +60,9 @@ class DualEncoderTask:
         self._objective = ContrastiveObjective(config.loss.itc)
         self._flops_per_sample = cache(self.model.flops_per_sample)
 
+    def stage_imbalance(self) -> float:
+        return self.model.stage_imbalance if isinstance(self.model, PipelinedDualEncoder) else 1.0
+
     def no_decay_names(self) -> frozenset[str]:
         return self.model.no_decay_names()
 
@@ -85,7 +88,7 @@ class DualEncoderTask:
         )
 
     def loss_alone(self, batch: Batch) -> Tensor:
-        assert isinstance(self.model, DualEncoder)  # fp8 runs in no pipeline
+        assert isinstance(self.model, DualEncoder)  # the shadow looks into no pipeline
         return loss_alone(
             self.model,
             self._objective,

@@ -107,8 +107,15 @@ class GlobalWork(NamedTuple):
 class Throughput:
     """Rates between two log lines, and what of the time and of the work was for nothing."""
 
-    def __init__(self, peak: float, world_size: int, rate_name: str = "images_per_s") -> None:
+    def __init__(
+        self,
+        peak: float,
+        world_size: int,
+        rate_name: str = "images_per_s",
+        stage_imbalance: float = 1.0,
+    ) -> None:
         self._peak, self._world_size, self._rate_name = peak, world_size, rate_name
+        self._stage_imbalance = stage_imbalance
         self._start()
 
     def _start(self) -> None:
@@ -149,7 +156,7 @@ class Throughput:
         if communication is not None:
             rates["communication_share"] = (1 - data_share) * communication
             rates["compute_share"] = (1 - data_share) * (1 - communication)
-        rates["imbalance"] = self._largest / self._mean
+        rates["imbalance"] = self._largest / self._mean * self._stage_imbalance
         rates["padding_share"] = 1 - self._flops / self._computed
         self._start()
         return rates

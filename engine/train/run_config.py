@@ -142,6 +142,13 @@ def _dual_encoder_problems(config: RunConfig, model: DualEncoderConfig) -> Itera
             "data parallelism (distributed.zero_stage) or tp"
         )
     if layout.precision == "fp8":
+        widths = dict(split_sizes(model, None, "width"))
+        if all(width % FP8_UNIT for width in widths.values()):
+            given = " and ".join(f"{name} ({width})" for name, width in widths.items())
+            yield (
+                f"distributed.precision: fp8 multiplies sides that are multiples of {FP8_UNIT}, "
+                f"and {given} are none, so no layer would; change one, or use precision=bf16"
+            )
         sizes = split_sizes(model, whole, "width", "mlp_width")
         yield from _fp8_problems(layout, dict(sizes), depths(model))
     yield from split_problems(layout, depths(model))
@@ -159,16 +166,8 @@ def _dual_encoder_problems(config: RunConfig, model: DualEncoderConfig) -> Itera
 
 
 def _decoder_problems(config: RunConfig, model: DecoderConfig) -> Iterator[str]:
-    layout, data = config.distributed, config.data
-    yield from decoder_problems(model, layout)
-    if layout.precision == "fp8":
-        heads = model.width // model.num_heads * model.kv_heads
-        sizes = {
-            "model.width": model.width,
-            "model's key and value features": heads,
-            "model.mlp_width": model.mlp_width,
-        }
-        yield from _fp8_problems(layout, sizes, {"decoder": model.depth})
+    data = config.data
+    yield from decoder_problems(model, config.distributed)
     asked = data.augment.text.max_len
     if asked is not None and asked > model.context:
         yield (

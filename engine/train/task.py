@@ -40,6 +40,10 @@ class Task(Protocol[B]):
     @property
     def loader(self) -> TrainingLoader[B]: ...
 
+    def stage_imbalance(self) -> float:
+        """Of a pipeline: the busiest process's share of the work over an even one; else 1."""
+        ...
+
     def no_decay_names(self) -> frozenset[str]:
         """Parameters without weight decay."""
         ...

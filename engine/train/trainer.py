@@ -128,7 +128,8 @@ class Trainer(Generic[B]):
         progress = Progress(self.num_steps, self.step) if self.world.is_main else None
         meter = None
         if self.world.is_main:
-            meter = Throughput(self._peak(), self.world.size, self.task.rate_name)
+            stages = self.task.stage_imbalance()
+            meter = Throughput(self._peak(), self.world.size, self.task.rate_name, stages)
         # Workers ignore SIGTERM, so any that an error left behind would hang the process's exit.
         with closing(iter(self.loader)) as batches:
             try:
@@ -168,6 +169,7 @@ class Trainer(Generic[B]):
                     self._write(shown)
                 speed_s = (time.monotonic() - started) / (self.step - first)
                 progress.update(self.step, shown, speed_s * (self.num_steps - self.step))
+            self.shadow.check()  # once what it saw is written
             aside = time.perf_counter()
             if not stop:
                 self._evaluate_if_due()
@@ -253,7 +255,6 @@ class Trainer(Generic[B]):
         values |= facts
         if shadow is not None:
             values["fp8_gap"] = self.shadow.judge(mean_loss, shadow)
-            self.shadow.check()
         return values, stop, global_work
 
     def _shadow_loss(self, batch: B) -> float:

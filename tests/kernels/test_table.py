@@ -49,6 +49,21 @@ def test_unknown_choices_list_the_known(arguments: tuple[str, ...], message: str
         resolve(*arguments)
 
 
+def test_a_choice_does_not_cut_a_compiled_graph() -> None:
+    """Each op that is asked for there is the right one; with fullgraph a cut would raise."""
+
+    def normalized_and_routed(pictures: torch.Tensor, scores_TE: torch.Tensor) -> Any:
+        normalize = resolve("image_normalize", pictures.device)
+        topk = resolve("moe_topk", scores_TE.device)
+        pixels = normalize(pictures, (0.5,) * 3, (0.25,) * 3, torch.float32)
+        return pixels, *topk(scores_TE, 2)
+
+    given = torch.arange(48, dtype=torch.uint8).view(1, 4, 4, 3), torch.randn(5, 4)
+    compiled = torch.compile(normalized_and_routed, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(*given), normalized_and_routed(*given), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_missing_module_says_how_to_build(fresh_native: pytest.MonkeyPatch) -> None:
     import carillon
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from carillon.engine.parallel.mesh import Degrees, World, degrees_of, lay_out
 from carillon.engine.parallel.parity import TOLERANCE_FP32, gradient_errors
 from carillon.engine.train.parity.columns import COLUMNS
+from carillon.engine.train.parity.evidence import Evidence, looked_at
 from carillon.engine.train.parity.rows import ROWS, Row
 from carillon.engine.train.parity.step import Step, Variant
 
@@ -35,9 +37,10 @@ _HEAD = """# Every layout computes one process's step
 Written by `make parity`; a test runs every row and holds this page to the cases and the bar. Each
 cell: the relative error of the loss, and the largest of the gradients, per tensor
 ||difference|| / max(||reference||, 1e-3 x the global gradient norm), against one process in fp32;
-the worst over the row's variants. Allowed: {tolerance:.0e}. Weights held: the share of a model's
-values that the process with most of them keeps between steps, small models' whole layers included.
-Every case is in parity.json.
+the worst of all processes and of the row's variants. Allowed: {tolerance:.0e}. Weights held: the
+share of a model's values that the process with most of them keeps between steps, small models'
+whole layers included. Every case is in parity.json, with what the main process did: the test holds
+schedules, exchanges and recompute to what the row names.
 """
 
 
@@ -65,9 +68,19 @@ def run_cases(size: int, *, first_variants: bool) -> list[Result]:
             if degrees not in worlds or variant.compile:
                 worlds[degrees] = lay_out(degrees, device)
             world = worlds[degrees]
-            found = COLUMNS[column](layout, world, variant, row.depth)
-            results.append(_result(row, column, variant, found, references[model]))
+            with nullcontext(Evidence()) if variant.compile else looked_at() as evidence:
+                found = COLUMNS[column](layout, world, variant, row.depth)
+            result = _result(row, column, variant, found, references[model])
+            results.append(_of_all(result) | {"did": evidence.facts()})
     return results
+
+
+def _of_all(result: Result) -> Result:
+    """The same with the largest errors of all processes: each has gathered gradients of its own."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, result)
+    worst = max(parts, key=lambda part: part["gradient"])
+    return result | {"tensor": worst["tensor"]} | {e: max(p[e] for p in parts) for e in ERRORS}
 
 
 def _result(row: Row, column: str, variant: Variant, found: Step, reference: Step) -> Result:
@@ -114,7 +127,7 @@ def markdown(results: Sequence[Result]) -> str:
     """The page: a table of the worst of each row's variants, and what the variants were."""
     lines = [
         _HEAD.format(tolerance=TOLERANCE_FP32),
-        "| layout | processes | " + " | ".join(COLUMNS) + " | weights held | also with |",
+        "| layout | processes | " + " | ".join(COLUMNS) + " | weights held | variants |",
         "| --- | --- |" + " --- |" * (len(COLUMNS) + 2),
     ]
     for row in ROWS:
@@ -125,7 +138,7 @@ def markdown(results: Sequence[Result]) -> str:
             worst = (max((r[what] for r in cell), default=0.0) for what in ("loss", "gradient"))
             cells.append(" / ".join(f"{error:.0e}" for error in worst) if cell else "-")
         held = max((result["held"] for result in own), default=1.0)
-        variants = ", ".join(variant.name for variant in row.variants[1:])
+        variants = ", ".join(variant.name for variant in row.variants)
         cells += [f"{held:.0%}", variants]
         lines.append(f"| {row.name} | {row.size} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

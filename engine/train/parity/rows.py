@@ -17,6 +17,7 @@ _CACHED = Variant(cached=True, recompute=True)
 _RING = Variant(exchange="ring")
 _COMPILED_COLUMNS = ("dual encoder, softmax", "MoE decoder, softmax router")
 _COMPILED = Variant(compile=True)
+_PLAIN_AND_COMPILED = (_PLAIN, _CACHED, _COMPILED)  # of four processes, `make parity` alone runs it
 _RECOMPUTE = Variant(recompute=True)
 _SCHEDULES = {
     "1F1B": "1f1b",
@@ -46,13 +47,8 @@ class Row:
             if column in self.columns
             for variant in self.variants
             if column in DUAL or variant.exchange == "gather"  # the contrastive loss's
-            if not variant.compile or column in self._compiled  # compiling takes long
+            if not variant.compile or column in _COMPILED_COLUMNS  # compiling takes long
         ]
-
-    @property
-    def _compiled(self) -> tuple[str, ...]:
-        """A decoder that is split over tp is not compiled yet."""
-        return _COMPILED_COLUMNS[:1] if "tp" in self.settings else _COMPILED_COLUMNS
 
     def layout(self, variant: Variant) -> DistributedConfig:
         return DistributedConfig(precision="fp32", **{**variant.settings(), **self.settings})
@@ -75,34 +71,39 @@ def _pipelines(
 
 
 ROWS = (
-    Row("one process", 1, {}, variants=(_PLAIN, _CACHED, _COMPILED)),
+    Row("one process", 1, {}, variants=_PLAIN_AND_COMPILED),
     Row("DP2", 2, {}, variants=(_PLAIN, _CACHED, _RING)),
     Row("FSDP2, zero_stage 2", 2, {"zero_stage": 2}),
-    Row("FSDP2", 2, {"zero_stage": 3}, variants=(_PLAIN, _CACHED, _COMPILED)),
-    Row("TP2", 2, {"tp": 2}, variants=(_PLAIN, _CACHED, _COMPILED)),
-    Row("TP2+SP", 2, {"tp": 2, "sequence_parallel": True}, variants=(_PLAIN, _CACHED, _COMPILED)),
+    Row("FSDP2", 2, {"zero_stage": 3}, variants=_PLAIN_AND_COMPILED),
+    Row("TP2", 2, {"tp": 2}, variants=_PLAIN_AND_COMPILED),
+    Row("TP2+SP", 2, {"tp": 2, "sequence_parallel": True}, variants=_PLAIN_AND_COMPILED),
     Row("TP2, text tower whole", 2, {"tp": 2, "tp_whole_tower": "text"}, DUAL),
     Row("EP2", 2, {"ep": 2, "zero_stage": 3}, DECODER),
     *(
         Row(f"CP2, {method}", 2, {"cp": 2, "cp_method": method}, DECODER)
         for method in ("ulysses", "ring", "all_gather")
     ),
-    Row("DP4", 4, {}, variants=(_PLAIN, _CACHED, _RING)),
+    Row("DP4", 4, {}, variants=(*_PLAIN_AND_COMPILED, _RING)),
     Row("FSDP4", 4, {"zero_stage": 3}),
-    Row("HSDP 2x2", 4, {"zero_stage": 3, "dp_replicate": 2, "dp_shard": 2}),
+    Row(
+        "HSDP 2x2",
+        4,
+        {"zero_stage": 3, "dp_replicate": 2, "dp_shard": 2},
+        variants=_PLAIN_AND_COMPILED,
+    ),
     Row("TP4", 4, {"tp": 4}),
     Row("TP4+SP", 4, {"tp": 4, "sequence_parallel": True}),
     Row("TP2xDP2", 4, {"tp": 2}),
     Row("TP2xFSDP2", 4, {"tp": 2, "zero_stage": 3}),
     Row("TP2+SPxFSDP2", 4, {"tp": 2, "sequence_parallel": True, "zero_stage": 3}),
     Row("EP4", 4, {"ep": 4, "zero_stage": 3}, DECODER),
-    Row("EP2xFSDP2", 4, {"ep": 2, "zero_stage": 3}, DECODER),
+    Row("EP2xFSDP2", 4, {"ep": 2, "zero_stage": 3}, DECODER, _PLAIN_AND_COMPILED),
     Row("EP2xTP2", 4, {"ep": 2, "tp": 2, "zero_stage": 3}, DECODER),
     Row("EP2xTP2+SP", 4, {"ep": 2, "tp": 2, "zero_stage": 3, "sequence_parallel": True}, DECODER),
     Row("CP4", 4, {"cp": 4}, DECODER),
     Row("CP2xTP2", 4, {"cp": 2, "tp": 2}, DECODER),
     Row("CP2xTP2+SP", 4, {"cp": 2, "tp": 2, "sequence_parallel": True}, DECODER),
-    Row("CP2xFSDP2", 4, {"cp": 2, "zero_stage": 3}, DECODER),
+    Row("CP2xFSDP2", 4, {"cp": 2, "zero_stage": 3}, DECODER, _PLAIN_AND_COMPILED),
     Row("CP2xEP2", 4, {"cp": 2, "ep": 2, "zero_stage": 3}, DECODER),
     *_pipelines("PP2", 2, {"pp": 2}, variants=(_PLAIN, _RECOMPUTE)),
     Row("PP2 GPipe", 2, {"pp": 2, "pp_schedule": "gpipe"}, variants=(_PLAIN,)),
@@ -121,8 +122,30 @@ ROWS = (
         4,
         {"pp": 2, "tp": 2, "sequence_parallel": True},
         schedules=("1F1B",),
-        columns=frozenset({"pooled dual encoder, softmax", "dual encoder, sigmoid"}),
+        columns=frozenset({"pooled dual encoder, softmax", "dual encoder, sigmoid"}) | DECODER,
         variants=(_RECOMPUTE,),
+    ),
+    *_pipelines(
+        "PP2xTP2+SP",
+        4,
+        {"pp": 2, "tp": 2, "sequence_parallel": True},
+        schedules=("ZBV",),
+        columns=DECODER,
+    ),
+    *_pipelines(
+        "PP2xCP2",
+        4,
+        {"pp": 2, "cp": 2},
+        schedules=("1F1B", "ZBV"),
+        columns=DECODER,
+        variants=(_PLAIN, _RECOMPUTE),
+    ),
+    *_pipelines(
+        "PP2xCP2xEP2, ulysses",
+        4,
+        {"pp": 2, "cp": 2, "ep": 2, "zero_stage": 3, "cp_method": "ulysses"},
+        schedules=("interleaved",),
+        columns=frozenset({"MoE decoder, softmax router"}),
     ),
     *_pipelines(
         "PP2xEP2",
@@ -137,6 +160,14 @@ ROWS = (
         8,
         {"pp": 2, "tp": 2, "zero_stage": 3},
         schedules=("1F1B", "interleaved", "ZBV"),
+        variants=(_RECOMPUTE,),
+    ),
+    *_pipelines(
+        "PP2xCP2xTP2+SP",
+        8,
+        {"pp": 2, "cp": 2, "tp": 2, "sequence_parallel": True},
+        schedules=("1F1B",),
+        columns=frozenset({"MoE decoder, sigmoid router"}),
         variants=(_RECOMPUTE,),
     ),
 )

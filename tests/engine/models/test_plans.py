@@ -24,6 +24,7 @@ MIXED = DecoderConfig(
     ("config", "layout", "messages"),
     [
         (MIXED, DistributedConfig(ep=3, tp=2, zero_stage=3), []),
+        (MIXED, DistributedConfig(pp=2, cp=2, tp=2, sequence_parallel=True), []),
         (
             MIXED,
             DistributedConfig(ep=4),
@@ -38,6 +39,16 @@ MIXED = DecoderConfig(
             replace(MIXED, num_kv_heads=8, mlp_width=36, moe=replace(MIXED.moe, expert_width=12)),
             DistributedConfig(tp=8),
             ["divide model.mlp_width (36), model.moe.expert_width (12); use one of 1, 2, 4"],
+        ),
+        (MIXED, DistributedConfig(pp=2, tp=2, precision="fp8", zero_stage=3), []),
+        (
+            replace(MIXED, mlp_width=40, moe=replace(MIXED.moe, expert_width=24, dense_blocks=1)),
+            DistributedConfig(tp=2, precision="fp8", fp8_keep_blocks=4),
+            [
+                "fp8_keep_blocks: 4 at either end leave none of 8 blocks in 8 bits; use at most 3",
+                "share of model.mlp_width (40) that is no multiple of 16",
+                "share of model.moe.shared_experts x expert_width (24)",
+            ],
         ),
         (
             MIXED,

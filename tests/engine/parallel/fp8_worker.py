@@ -4,9 +4,12 @@ writes what it found.
 `layers`: a pair of linears, split by columns and then by rows, in the bounds that its rounding has.
 `models`: two steps of a dual encoder; how far a layout's gradients are from one process's fp8, and
 how far those are from float32.
+`stages`: two steps in pipelines against the same microbatches in one process, which give the same
+codes.
 """
 
 import json
+import runpy
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -33,6 +36,7 @@ from carillon.engine.parallel.tensor import split_tensors
 from carillon.engine.train.parity.columns import CLIP
 from carillon.engine.train.step import forward_backward
 
+stages = runpy.run_path(str(Path(__file__).with_name("fp8_stages_worker.py")))
 BATCH = 16
 RECIPES = ("tensorwise", "rowwise", "blockwise", "delayed")
 LAYOUTS = {
@@ -48,7 +52,7 @@ def pair(recipe: str, split: Split, mesh: Any = None) -> nn.Module:
     whole = nn.ModuleDict({"blocks": nn.ModuleList([block])})
     if mesh is not None:
         split_tensors(whole, {"blocks.0.0": split}, mesh)
-    split_fp8(to_fp8(whole, recipe).values(), None if mesh is None else dist.group.WORLD)  # type: ignore[arg-type]
+    split_fp8(to_fp8(whole, recipe).values(), [] if mesh is None else [dist.group.WORLD])  # type: ignore[arg-type, list-item]
     return block
 
 
@@ -186,8 +190,9 @@ def main() -> None:
             config = DistributedConfig(precision="fp8", fp8_recipe=recipe, **degrees)  # type: ignore[arg-type]
             world = lay_out(degrees_of(config, 2), torch.device("cpu"))
             models.append(model_case(recipe, name, world, config))
+    found = {"layers": layers, "models": models, "stages": stages["run_cases"]()}
     if rank == 0:
-        Path(sys.argv[1]).write_text(json.dumps({"layers": layers, "models": models}))
+        Path(sys.argv[1]).write_text(json.dumps(found))
     dist.destroy_process_group()
 
 

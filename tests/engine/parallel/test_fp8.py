@@ -27,6 +27,19 @@ def test_a_split_layer_is_that_of_one_process_but_for_rounding(
         assert columns["y"] == columns["weight"] == rows["x"] == rows["weight"] == 0
 
 
+def test_stages_give_the_bits_of_one_process(found: dict[str, Any]) -> None:
+    """Of the same microbatches, tables of amaxes included; and no product is computed twice, not
+    where a schedule takes the gradients of inputs and weights apart."""
+    stages = found["stages"]
+    assert len(stages) == 14
+    for case in stages:
+        assert case["missing"] == case["odd"] == [], case
+        products, reference = case["products"]
+        assert products == reference > 0, case
+    empty = [case["case"] for case in stages if case["layers_here"] == 0]
+    assert empty == ["dual encoder delayed zbv 1", "decoder delayed zbv 1"]
+
+
 @pytest.mark.parametrize("layout", ["tp2", "tp2 by tokens", "fsdp2"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_gradients_of_a_layout_are_as_near_as_8_bits_are(

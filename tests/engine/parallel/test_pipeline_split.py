@@ -12,6 +12,7 @@ from carillon.engine.parallel.pipeline_split import (
     balanced_split,
     microbatch_size,
     rank_of_last_stage,
+    stage_imbalance,
     stages_of,
 )
 
@@ -48,6 +49,18 @@ def test_every_stage_has_one_process(schedule: Any) -> None:
     stages = sorted(stage for some in placed for stage in some)
     assert stages == list(range(4 if schedule in ("gpipe", "1f1b") else 8))
     assert stages[-1] in placed[rank_of_last_stage(config)]
+
+
+def test_the_busiest_process_over_an_even_share() -> None:
+    costs = {"vision": [2, 4, 4, 4, 4, 2], "text": [0, 1, 1, 1, 1, 0]}
+    assert stage_imbalance(DistributedConfig(), costs) == 1
+    even = DistributedConfig(pp=2)
+    assert stage_imbalance(even, costs) == 1
+    ends = DistributedConfig(pp=2, pp_schedule="zbv")  # the first has embedding and head
+    assert stage_imbalance(ends, costs) == pytest.approx((12 + 2) / (10 + 2))
+    # Each tower's pipeline waits for its own busiest process, though both have 12 in all.
+    crossed = DistributedConfig(pp=2, pp_split={"vision": (1, 3), "text": (3, 1)})
+    assert stage_imbalance(crossed, costs) == pytest.approx((14 + 3) / (10 + 2))
 
 
 def test_microbatches_of_a_share() -> None:

@@ -15,7 +15,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import carillon.engine.train.launch  # noqa: F401  (torch and all, before the forks)
+import matplotlib.backends.backend_agg  # noqa: F401  (this and torch and all, before the forks)
+
+import carillon.engine.train.launch  # noqa: F401
 from carillon.engine.cli import main
 from carillon.engine.models.towers.stages import TextPiece
 

@@ -61,6 +61,7 @@ LAYOUTS = {
     "CP2": (2, "cp=2"),
     "PP2": (2, "pp=2"),
     "EP2xTP2": (4, "ep=2 tp=2 zero_stage=3"),
+    "PP2xCP2": (4, "pp=2 cp=2"),
 }
 
 
@@ -110,14 +111,18 @@ def test_steps_that_overflow_are_skipped_and_then_end_the_run(make_setup: Any) -
         ("loss.itc.kind=sigmoid", r"loss.itc: given, but a decoder does not use it"),
         ("distributed.ep=3", r"distributed.ep: 3 does not divide model.moe.num_experts \(4\)"),
         ("distributed.cp=5", r"rows of 64 tokens do not divide .* use rows of 60 or 70 .* cp=4"),
+        (
+            "distributed.precision=fp8 model.width=24 model.num_heads=3",
+            r"model.width \(24\) is none",
+        ),
         ("data.validation_every=0", r"in_training.every: a decoder is scored on held-out rows"),
         ("data.augment.text.max_len=65", r"max_len: 65 is more than model.context \(64\)"),
-        ("evaluation.retrieval={a: {}}", r"evaluation.retrieval: given, but a decoder does not"),
+        ("evaluation.retrieval={a:{}}", r"evaluation.retrieval: given, but a decoder does not"),
     ],
 )
 def test_refused_at_load(given: str, message: str, make_setup: Any) -> None:
     with pytest.raises(UserError, match=message):
-        load_config(make_setup(decoder=True).config, [given])
+        load_config(make_setup(decoder=True).config, given.split())
 
 
 def test_pairs_refuse_what_is_of_rows(setup: Setup) -> None:

@@ -63,6 +63,39 @@ def test_a_resumed_run_has_the_history_of_the_unbroken_one(delayed: Setup, tmp_p
     assert resumed.metrics() == delayed.metrics()
 
 
+DEEP = (
+    *(*DELAYED, "model.vision.depth=2", "model.text.depth=2", "data.micro_batch_size=4"),
+    *("optimization.steps=4", "logging.checkpoint_interval_steps=2", "distributed.watchdog_s=0"),
+)
+
+
+def test_stages_go_on_with_the_history_of_one_process(
+    make_setup: Any, tmp_path: Path, ranks: Any
+) -> None:
+    """And save it: each has the scales of all layers. From the start with half of each weight, too:
+    the amaxes of a step meet there before there are scales. Stages compute the same bits as
+    without them, but for the norm of all gradients, a sum in another order."""
+    one, split, both = make_setup(), make_setup(), make_setup()
+    assert one.train(*DEEP) == 0
+    staged = one.killed_after(2, tmp_path / "runs")
+    cases = {
+        "pp2": (2, staged.argv(*DEEP, "distributed.pp=2")),
+        "tp2": (2, split.argv(*DEEP, "distributed.tp=2")),
+        "pp2 tp2": (4, both.argv(*DEEP, "distributed.pp=2", "distributed.tp=2")),
+    }
+    for name, result in ranks(tmp_path / "ranks", cases).items():
+        assert set(result["codes"]) == {0}, (name, result)
+    for whole, stages in ((one, staged), (split, both)):
+        assert stages.losses() == pytest.approx(whole.losses(), rel=1e-4)
+        before, after = whole.content(4), stages.content(4)
+        assert after.keys() == before.keys()
+        scales = [name for name in before if name.startswith("fp8.")]
+        assert len(scales) == 64
+        for name in scales:  # of codes that may be a rounding apart
+            torch.testing.assert_close(after[name], before[name], rtol=2.0**-3, atol=0.0)
+    assert all((before[name] != 0).any() for name in scales)
+
+
 def test_a_run_moves_to_another_layout_with_its_history(
     delayed: Setup, tmp_path: Path, ranks: Any
 ) -> None:
@@ -97,7 +130,10 @@ def test_a_run_stops_when_the_gap_stays_too_large(
     assert setup.train(FP8, *bound) == 3
     error = " ".join(capsys.readouterr().err.split())
     assert "more than 1e-06 of it (distributed.fp8_shadow.bound) in 2 looks in a row" in error
-    assert len(setup.losses()) == 3  # of the fourth step, nothing
+    gaps = [line["fp8_gap"] for line in setup.metrics() if "fp8_gap" in line]
+    assert len(setup.losses()) == 4
+    assert len(gaps) == 2
+    assert min(gaps) > 1e-6  # the look that ended the run is there, too
 
 
 def test_looks_count_in_a_row_and_go_on_from_their_state() -> None:
@@ -123,6 +159,18 @@ WIDE = ("model.vision.width=96", "model.text.width=96", "model.vision.num_heads=
     ("overrides", "message"),
     [
         (["distributed.fp8_recipe=rowwise"], "fp8_recipe: rowwise given, but precision is fp32"),
+        ([FP8, "distributed.pp=2", "distributed.fp8_shadow.every=2"], "second look does not run"),
+        (
+            [
+                *(FP8, "distributed.pp=2", "distributed.pp_schedule=zbv"),
+                "distributed.fp8_provider=torchao",
+            ],
+            "torchao does not go with pp_schedule=zbv",
+        ),
+        (
+            [FP8, "model.vision.width=40", "model.text.width=20"],
+            r"multiples of 16, and model.vision's width \(40\) and model.text's width \(20\)",
+        ),
         (["distributed.fp8_keep_blocks=1"], "fp8_keep_blocks: 1 given, but precision is fp32"),
         (["distributed.fp8_shadow.every=2"], "fp8_shadow: given, but precision is fp32"),
         ([FP8, "distributed.fp8_shadow.bound=0.5"], "bound: 0.5 given, but every is 0"),
