@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from torch.distributed import TCPStore
 
 from carillon.engine.cli import main
+from carillon.engine.config import UserError
+from carillon.engine.parallel.config import DistributedConfig
+from carillon.engine.parallel.start import start_world
 
 Setup = Any  # conftest's
 WORKER = Path(__file__).with_name("start_worker.py")
@@ -236,3 +240,12 @@ def test_an_environment_that_makes_no_place(
     error = capsys.readouterr().err
     assert error.count("carillon: ") == 1
     assert message in error
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (place | {"LOCAL_RANK": "2"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"LOCAL_RANK: 2 given, .* 2 GPU.*--nproc-per-node=2"):
+        start_world(DistributedConfig(device="cuda"), {})
