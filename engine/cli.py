@@ -79,12 +79,13 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(parser, arguments)
     from carillon.engine.access import refusal
     from carillon.engine.config import UserError
+    from carillon.engine.parallel.place import is_another_rank
 
     try:
         code: int = args.main(args)
         return code
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if not is_another_rank():  # rank 0 tells
             print(f"carillon: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough

@@ -6,7 +6,8 @@ et al. 2019 (Megatron-LM), section 3. Rows of `qkv` are head-major, so a share i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.models.towers.decoder import Decoder
@@ -73,10 +74,7 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
     sizes = [("model's num_kv_heads", config.kv_heads), ("model.mlp_width", config.mlp_width)]
     if moe.num_experts is not None:
         sizes.append(("model.moe.expert_width", moe.expert_width))
-    for name, size in sizes:
-        if size % tp:
-            fits = ", ".join(map(str, divisors(size)))
-            yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"
+    yield from tp_problems(tp, sizes)
     if ep > 1 and moe.num_experts is None:
         yield f"distributed.ep: {ep} given, but the model has no experts; use ep=1"
     elif ep > 1 and moe.num_experts is not None and moe.num_experts % ep:
@@ -155,6 +153,14 @@ def _context_problems(config: DecoderConfig, layout: DistributedConfig) -> Itera
             f"distributed.cp: {layout.cp} given, but model.moe.capacity_factor drops slots by "
             "their order in a whole row; leave capacity_factor out, or use cp=1"
         )
+
+
+def tp_problems(tp: int, sizes: Sequence[tuple[str, int]]) -> Iterator[str]:
+    """One message for all named sizes that tp does not divide, with the degrees that divide all."""
+    wrong = [f"{name} ({size})" for name, size in sizes if size % tp]
+    if wrong:
+        fits = ", ".join(map(str, divisors(math.gcd(*(size for _, size in sizes)))))
+        yield f"distributed.tp: {tp} does not divide {', '.join(wrong)}; use one of {fits}"
 
 
 def split_sizes(

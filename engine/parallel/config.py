@@ -138,6 +138,13 @@ class DistributedConfig:
     )
     compile: bool = setting(False, "Compile the towers' blocks with torch.compile.")
     timeout_s: int = setting(1800, "A collective that takes longer fails.", min=10, hashed=False)
+    rendezvous_s: int = setting(
+        300,
+        "Seconds to wait at the start for a process that has not come.",
+        min=10,
+        max=86_400,
+        hashed=False,
+    )
     watchdog_s: int = setting(
         30,
         "A process that is stopped or silent for this long ends the run; 0: nothing is watched.",

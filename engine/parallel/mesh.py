@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from carillon.engine.config import UserError
+from carillon.engine.models.towers.decoder_config import divisors
 from carillon.engine.parallel.config import DistributedConfig
+from carillon.engine.parallel.zigzag import either, nearest
 
 SAMPLE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DENSE_AXES = ("pp", "dp_replicate", "fsdp", "tp")
@@ -47,21 +49,9 @@ def degrees_of(config: DistributedConfig, world_size: int) -> Degrees:
     """Fill in what the config leaves open. Raises UserError when the product is not the world."""
     others = config.pp * config.cp * config.tp
     if world_size % others:
-        raise UserError(f"{world_size} processes do not divide by pp x cp x tp = {others}")
-    data = world_size // others
-    replicate, shard = config.dp_replicate, config.dp_shard
-    if replicate is None and shard is None:
-        replicate, shard = (data, 1) if config.zero_stage == 0 else (1, data)
-    elif replicate is None:
-        replicate = data // shard if shard and data % shard == 0 else 0
-    elif shard is None:
-        shard = data // replicate if data % replicate == 0 else 0
-    if replicate * (shard or 0) != data:
-        raise UserError(
-            f"distributed: dp_replicate={config.dp_replicate} x dp_shard={config.dp_shard} does "
-            f"not make {data} data-parallel processes; leave one out, or use divisors of {data}"
-        )
-    split = (shard or 1) * config.cp
+        raise UserError(_undivided(config, world_size, others))
+    replicate, shard = _data_degrees(config, world_size // others)
+    split = shard * config.cp
     if split % config.ep:
         fits = ", ".join(str(n) for n in range(1, split + 1) if split % n == 0)
         raise UserError(
@@ -71,11 +61,59 @@ def degrees_of(config: DistributedConfig, world_size: int) -> Degrees:
     return Degrees(
         pp=config.pp,
         dp_replicate=replicate,
-        dp_shard=shard or 1,
+        dp_shard=shard,
         cp=config.cp,
         tp=config.tp,
         ep=config.ep,
     )
+
+
+def _undivided(config: DistributedConfig, world_size: int, others: int) -> str:
+    given = [f"{name}={getattr(config, name)}" for name in ("pp", "cp", "tp")]
+    named = " x ".join(f"distributed.{one}" for one in given if not one.endswith("=1"))
+    whole = world_size // others * others
+    return (
+        f"{named}: {world_size} processes do not divide by pp x cp x tp = {others}; start "
+        f"{either(n for n in (whole, whole + others) if n)} processes, or use degrees whose "
+        f"product is {either(nearest(divisors(world_size), others))}"
+    )
+
+
+def _data_degrees(config: DistributedConfig, data: int) -> tuple[int, int]:
+    """Replicas, and the shards of each, of `data` processes."""
+    replicate, shard = config.dp_replicate, config.dp_shard
+    fits = divisors(data)
+    if config.zero_stage == 0:
+        if replicate not in (None, data):
+            raise UserError(
+                f"distributed.dp_replicate: {replicate} given, but zero_stage=0 shards nothing: "
+                f"all {data} data-parallel processes are replicas. Drop dp_replicate, or set "
+                "distributed.zero_stage=1, 2 or 3 to shard each replica over more processes"
+                + ("" if replicate in fits else f", with dp_replicate {_near(fits, replicate)}")
+            )
+        return data, 1
+    if replicate is None and shard is None:
+        return 1, data
+    if replicate is not None and shard is not None:
+        if replicate * shard != data:
+            near = min(fits, key=lambda n: abs(n - replicate) + abs(data // n - shard))
+            raise UserError(
+                f"distributed.dp_replicate={replicate} x distributed.dp_shard={shard}: they make "
+                f"{replicate * shard} processes, not the {data} that are data-parallel; use "
+                f"{near} x {data // near}, or leave one out"
+            )
+        return replicate, shard
+    name, given = ("dp_shard", shard) if replicate is None else ("dp_replicate", replicate)
+    if given not in fits:
+        raise UserError(
+            f"distributed.{name}: {given} does not divide {data} data-parallel processes; use "
+            f"{_near(fits, given)}"
+        )
+    return (data // given, given) if replicate is None else (given, data // given)
+
+
+def _near(allowed: list[int], given: int | None) -> str:
+    return either(nearest(allowed, given or 1))
 
 
 class Meshes(NamedTuple):

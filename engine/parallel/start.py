@@ -1,115 +1,99 @@
-"""How processes come together: the process group, the same config everywhere, then the meshes.
+"""How processes come together: the same settings everywhere, the process group, the meshes.
 
-What keeps them apart is one message that says so, not a traceback each: a port that is taken, a
-process that doesn't come within `timeout_s`, an address that nobody answers at, settings that
-differ. Nothing is laid out before all have the same settings, since collectives of different
-layouts would wait for each other.
+What keeps them apart is one message that says so, not a traceback each: an error that any of them
+met since its start, a port that is taken, a process that does not come, settings that differ.
+Nothing is laid out before all have the same settings, since collectives of different layouts would
+wait for each other. engine/parallel/meeting.py is how they find out.
 Status: runs on CPU with gloo; CUDA with NCCL has not run on a GPU yet.
 """
 
 from __future__ import annotations
 
-import os
+import signal
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from carillon.engine.config import UserError
-from carillon.engine.log import logger
 from carillon.engine.parallel.config import DistributedConfig
+from carillon.engine.parallel.meeting import EXIT_USER_ERROR, REFUSED_S, meet
 from carillon.engine.parallel.mesh import World, degrees_of, lay_out
+from carillon.engine.parallel.place import Place, own_place, say
+from carillon.engine.parallel.refusals import explained
 
-_EXIT_USER_ERROR = 2
-_MOST_NAMED = 5  # settings that differ
+
+@contextmanager
+def told_by_one() -> Iterator[None]:
+    """A UserError inside ends every process of the run, and one of them tells it.
+
+    For what comes before start_world. Raises it as it is in a process that stands alone.
+    """
+    try:
+        place = own_place()
+    except UserError as error:  # nobody can be met
+        say(str(error))
+        raise SystemExit(EXIT_USER_ERROR) from None
+    try:
+        yield
+    except UserError as error:
+        if place.size == 1:
+            raise
+        meet(place, REFUSED_S, {}, str(error))
 
 
 def start_world(config: DistributedConfig, settings: Mapping[str, Any]) -> World:
-    """Join the process group that torchrun describes, or stand alone without one.
+    """Join the processes that torchrun describes, or stand alone without it.
 
-    Raises UserError when it does not come together, and on rank 0 when the nested `settings` are
-    not the same on all ranks (SystemExit on the others).
+    Ends all of them (SystemExit with code 2), and one tells why, when they do not come together or
+    the nested `settings` are not the same everywhere. Raises UserError in a process that stands
+    alone.
     """
-    degrees = degrees_of(config, int(os.environ.get("WORLD_SIZE", "1")))
-    kind = config.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(kind)
-    if kind == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
+    with told_by_one():
+        place = own_place()
+        degrees = degrees_of(config, place.size)
+        device = _device(config, place)
+    if place.address is None:
         return World(rank=0, size=1, device=device, degrees=degrees, meshes=None)
-    backend = config.backend if config.backend != "auto" else "nccl" if kind == "cuda" else "gloo"
-    _join(backend, config.timeout_s)
-    _agree(settings)
+    store = meet(place, config.rendezvous_s, settings)
+    backend = config.backend
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    _join(store, place, backend, timedelta(seconds=config.timeout_s))
     return lay_out(degrees, device)
 
 
-def _join(backend: str, timeout_s: int) -> None:
+def _device(config: DistributedConfig, place: Place) -> torch.device:
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        return torch.device(kind)
+    count = torch.cuda.device_count()
+    if place.local_rank >= count:
+        raise UserError(
+            f"LOCAL_RANK: {place.local_rank} given, but this machine has {count} GPU(s), of which "
+            f"each process takes one; start {count} (torchrun --nproc-per-node={count})"
+        )
+    device = torch.device(kind, place.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join(store: Store, place: Place, backend: str, timeout: timedelta) -> None:
+    """All have come, so this is short; what fails here is the network between them."""
+    store.set_timeout(timeout)
+    listener = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python's would wait for torch
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    except (dist.DistError, ValueError) as error:
-        problem = UserError(_explained(str(error).split("\n", 1)[0], timeout_s))
-        if os.environ["RANK"] != "0":  # whose own trouble may be another
-            logger.error("%s", problem)
-        raise problem from None
-
-
-def _explained(error: str, timeout_s: int) -> str:
-    rank, size = os.environ["RANK"], os.environ.get("WORLD_SIZE", "?")
-    address = os.environ.get("MASTER_ADDR", "(unset)")
-    port = os.environ.get("MASTER_PORT", "(unset)")
-    where = f"rank {rank} of {size}, MASTER_ADDR={address}, MASTER_PORT={port}"
-    if "EADDRINUSE" in error:
-        advice = (
-            f"port {port} is in use on this machine: end what listens there, or take another "
-            "(torchrun --master-port, or --standalone on one machine)"
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout
         )
-    elif "clients joined" in error:
-        advice = (
-            f"not all {size} processes came within {timeout_s} s: look why one did not start, "
-            "and that --nnodes, --nproc-per-node and the address are the same on all machines"
-        )
-    elif "expected, but not set" in error:
-        advice = "start it by torchrun, which sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-    else:
-        advice = (
-            "the processes did not come together: look that rank 0 runs, and that its address can "
-            "be reached from here"
-        )
-    return f"{advice} ({where}: {error})"
-
-
-def _agree(settings: Mapping[str, Any]) -> None:
-    """All ranks must have been started with the same settings."""
-    own = dict(_flat(settings))
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, own)
-    if all(other == own for other in every):
-        return
-    if dist.get_rank() != 0:
-        raise SystemExit(_EXIT_USER_ERROR)
-    differences = [
-        f"{name} is {own.get(name)!r} on rank 0 and {other.get(name)!r} on rank {rank}"
-        for name in own
-        for rank, other in list(enumerate(every))
-        if other.get(name) != own.get(name)
-    ]
-    more = len(differences) - _MOST_NAMED
-    raise UserError(
-        "ranks were started with different settings: "
-        + "; ".join(differences[:_MOST_NAMED])
-        + (f"; and {more} more" if more > 0 else "")
-        + ". Start all of them by the same command, from the same config file"
-    )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    except (RuntimeError, ValueError) as error:
+        say(explained(str(error).split("\n", 1)[0], place))
+        raise SystemExit(EXIT_USER_ERROR) from None
+    finally:
+        signal.signal(signal.SIGTERM, listener)

@@ -30,7 +30,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     # Imported here: torch takes seconds, and a wrong flag should answer at once.
+    from carillon.engine.parallel.start import told_by_one
     from carillon.engine.train.launch import train
     from carillon.engine.train.run_config import load_config
 
-    return train(load_config(args.config, args.overrides), fresh=args.fresh)
+    with told_by_one():
+        config = load_config(args.config, args.overrides)
+    return train(config, fresh=args.fresh)

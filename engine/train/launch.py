@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,8 +30,10 @@ from carillon.engine.parallel.collectives import sum_over
 from carillon.engine.parallel.determinism import fixed_order
 from carillon.engine.parallel.mesh import World, degrees_of
 from carillon.engine.parallel.pipeline_split import microbatch_problem
-from carillon.engine.parallel.start import start_world
+from carillon.engine.parallel.place import own_place
+from carillon.engine.parallel.start import start_world, told_by_one
 from carillon.engine.parallel.watchdog import Watchdog
+from carillon.engine.parallel.zigzag import either
 from carillon.engine.registry.recorder import RunRecorder
 from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints
 from carillon.engine.train.checkpoint_seal import recover
@@ -50,16 +53,16 @@ T = TypeVar("T")
 
 def train(config: RunConfig, *, fresh: bool = False) -> int:
     """Train the run of `config`, from its last checkpoint if there is one; gives an exit code."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    configure_logging(rank)
-    check_layout(config, world_size)
     # A worker group that torchrun restarts goes on; only its first start is fresh.
     fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    with (
-        fixed_order(config.distributed.deterministic),
-        StopRequest().listening() as stop,
-        Watchdog(config.distributed.watchdog_s) as watchdog,
-    ):
+    with ExitStack() as kept:
+        with told_by_one():
+            place = own_place()
+            configure_logging(place.rank)
+            check_layout(config, place.size)
+            kept.enter_context(fixed_order(config.distributed.deterministic))
+        stop = kept.enter_context(StopRequest().listening())
+        watchdog = kept.enter_context(Watchdog(config.distributed.watchdog_s))
         world = start_world(config.distributed, to_values(config))
         watchdog.join()
         return _train(config, world, fresh, stop)
@@ -111,9 +114,10 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     if batch % data:
         fits = [n for n in range(1, min(batch, 4 * data) + 1) if batch % n == 0]
         near = ", ".join(map(str, sorted(sorted(fits, key=lambda n: abs(n - data))[:3])))
+        whole = batch // data * data
         raise UserError(
             f"data.batch_size: {batch} do not divide over {data} data-parallel processes; "
-            f"use {near} processes, or another batch size"
+            f"use {near} processes, or a batch of {either(n for n in (whole, whole + data) if n)}"
         )
     equal = isinstance(config.model, DecoderConfig)  # routers' losses are means of microbatches
     problem = microbatch_problem(

@@ -19,7 +19,7 @@ from carillon.engine.eval.suite import EvaluationConfig
 from carillon.engine.log import LoggingConfig
 from carillon.engine.losses.contrastive import LossConfig
 from carillon.engine.models.catalog import text_config
-from carillon.engine.models.plans import decoder_problems, depths, split_sizes
+from carillon.engine.models.plans import decoder_problems, depths, split_sizes, tp_problems
 from carillon.engine.models.towers.decoder import Decoder, build_decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig
 from carillon.engine.models.towers.dual_encoder import (
@@ -134,10 +134,7 @@ def _dual_encoder_problems(config: RunConfig, model: DualEncoderConfig) -> Itera
     tp, whole = layout.tp, layout.tp_whole_tower
     if layout.ep > 1:
         yield f"distributed.ep: {layout.ep} given, but a dual encoder has no experts; use ep=1"
-    for name, size in split_sizes(model, whole, "num_heads", "mlp_width") if tp > 1 else ():
-        if size % tp:
-            fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-            yield f"distributed.tp: {tp} does not divide {name} ({size}); use one of {fits}"
+    yield from tp_problems(tp, list(split_sizes(model, whole, "num_heads", "mlp_width")))
     if layout.cp > 1:
         yield (
             f"distributed.cp: {layout.cp} given, but the dual encoder's sequences "

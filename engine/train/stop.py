@@ -5,6 +5,7 @@ Ctrl-C only set a flag, from the start of the command on; the training loop acts
 step, and an evaluation in training is left at its next batch. A second Ctrl-C interrupts at once.
 Once one has come, SIGTERM and SIGUSR1 change nothing until the process is gone: a launcher sends
 them to those that still leave as soon as the first has left.
+While a process waits for others to start, a signal ends it (engine/parallel/meeting.py).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class StopRequest:
         finally:
             for kind, handler in before.items():
                 leaves = self.asked and kind != signal.SIGINT
-                signal.signal(kind, signal.SIG_IGN if leaves else handler)
+                if signal.getsignal(kind) is not signal.SIG_IGN:  # as by now, while it leaves
+                    signal.signal(kind, signal.SIG_IGN if leaves else handler)
 
     def check(self) -> None:
         """Raise StopAsked once a signal has come."""

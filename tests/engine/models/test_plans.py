@@ -1,6 +1,7 @@
 """Layouts that a decoder cannot have are refused with what is near."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -29,11 +30,15 @@ MIXED = DecoderConfig(
             DistributedConfig(ep=4),
             ["ep: 4 does not divide model.moe.num_experts (6); use one of 1, 2, 3, 6, or 8"],
         ),
-        (MIXED, DistributedConfig(tp=4), ["tp: 4 does not divide model's num_kv_heads (2); use"]),
+        (
+            MIXED,
+            DistributedConfig(tp=4),
+            ["tp: 4 does not divide model's num_kv_heads (2); use one of 1, 2"],
+        ),
         (
             replace(MIXED, num_kv_heads=8, mlp_width=36, moe=replace(MIXED.moe, expert_width=12)),
             DistributedConfig(tp=8),
-            ["does not divide model.mlp_width (36)", "does not divide model.moe.expert_width (12)"],
+            ["divide model.mlp_width (36), model.moe.expert_width (12); use one of 1, 2, 4"],
         ),
         (MIXED, DistributedConfig(pp=2, tp=2, precision="fp8", zero_stage=3), []),
         (
@@ -70,6 +75,77 @@ def test_what_does_not_divide_is_named(
     assert len(problems) == len(messages)
     for problem, message in zip(problems, messages, strict=True):
         assert message in problem
+
+
+def test_dual_encoder_degrees_are_those_that_divide_all_sizes() -> None:
+    """The heads allow 1, 2, 4, the MLPs far more: one line, and what it names is not refused."""
+    tower = {"width": 64, "num_heads": 4, "mlp_width": 128}
+    model, steps = {"vision": tower, "text": tower}, {"steps": 1}
+    values: dict[str, Any] = {"data": {"path": "x"}, "model": model, "optimization": steps}
+
+    def load(tp: int) -> RunConfig:
+        return build(RunConfig, values | {"distributed": {"tp": tp}})
+
+    with pytest.raises(UserError) as refused:
+        load(3)
+    (line,) = [line for line in str(refused.value).splitlines() if "distributed.tp" in line]
+    assert line.endswith("; use one of 1, 2, 4")
+    for part in ("vision's num_heads (4)", "text's num_heads (4)", "text's mlp_width (128)"):
+        assert part in line
+    for tp in (1, 2, 4):
+        load(tp)
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "message"),
+    [
+        (
+            {"tp": 3},
+            8,
+            "distributed.tp=3: 8 processes .* = 3; start 6 or 9 processes, or use .* is 2 or 4",
+        ),
+        (
+            {"pp": 2, "tp": 3},
+            4,
+            "distributed.pp=2 x distributed.tp=3: 4 processes .* = 6; start 6 processes, .* is 4",
+        ),
+        (
+            {"dp_replicate": 1},
+            2,
+            "dp_replicate: 1 given, but .* all 2 .* are replicas. Drop .*zero_stage=1, 2 or 3",
+        ),
+        ({"dp_replicate": 2}, 8, "all 8 data-parallel processes are replicas"),
+        ({"dp_replicate": 3}, 8, "over more processes, with dp_replicate 2 or 4"),
+        (
+            {"dp_replicate": 3, "zero_stage": 3},
+            8,
+            "distributed.dp_replicate: 3 does not divide 8 data-parallel processes; use 2 or 4",
+        ),
+        ({"dp_shard": 16, "zero_stage": 1}, 8, "dp_shard: 16 does not divide 8 .*; use 8"),
+        (
+            {"dp_replicate": 3, "dp_shard": 2, "zero_stage": 3},
+            8,
+            "dp_replicate=3 x distributed.dp_shard=2: they make 6 .* the 8 .* use 4 x 2",
+        ),
+    ],
+)
+def test_impossible_degrees_name_the_settings_and_the_nearest(
+    given: dict[str, Any], size: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        degrees_of(DistributedConfig(**given), size)
+    assert "None" not in str(refused.value)
+
+
+def test_degrees_that_are_left_open() -> None:
+    def data(size: int, **given: Any) -> tuple[int, int]:
+        degrees = degrees_of(DistributedConfig(**given), size)
+        return degrees.dp_replicate, degrees.dp_shard
+
+    assert data(8) == data(8, dp_replicate=8) == (8, 1)
+    assert data(8, zero_stage=3) == data(8, zero_stage=3, dp_replicate=1) == (1, 8)
+    assert data(8, zero_stage=2, dp_replicate=2) == data(8, zero_stage=2, dp_shard=4) == (2, 4)
+    assert data(8, tp=2, dp_replicate=4) == (4, 1)
 
 
 def test_experts_are_split_over_processes_that_shard_a_replica() -> None:
