@@ -84,11 +84,15 @@ def test_a_users_error_is_one_message_and_2(tmp_path: Path) -> None:
     assert ran.stdout == ""
 
 
-def test_only_the_main_rank_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_half_set_environment_is_told_by_whoever_has_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANK", "1")
-        assert main(["train", str(tmp_path / "none.yaml")]) == 2
-    assert capsys.readouterr().err == ""
+        with pytest.raises(SystemExit) as left:
+            main(["train", str(tmp_path / "none.yaml")])
+    assert left.value.code == 2
+    assert "[rank 1] RANK is set and WORLD_SIZE" in capsys.readouterr().err
 
 
 def test_config_check_says_what_a_config_amounts_to(

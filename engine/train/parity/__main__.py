@@ -44,8 +44,8 @@ schedules, exchanges and recompute to what the row names.
 """
 
 
-def run_cases(size: int, *, first_variants: bool) -> list[Result]:
-    """Every case of this world size, or those of each row's first variant, in a process group that
+def run_cases(size: int, *, tested_only: bool) -> list[Result]:
+    """Every case of this world size, or those that tests run, in a process group that
     has started."""
     cuda = torch.cuda.is_available() and dist.get_backend() == "nccl"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -55,9 +55,7 @@ def run_cases(size: int, *, first_variants: bool) -> list[Result]:
     for row in ROWS:
         if row.size != size:
             continue
-        for column, variant in row.cases:
-            if first_variants and variant != row.variants[0]:
-                continue
+        for column, variant in row.tested if tested_only else row.cases:
             model = (column, row.depth)
             if model not in references:
                 references[model] = COLUMNS[column](None, None, Variant(), row.depth)
@@ -100,7 +98,7 @@ def _result(row: Row, column: str, variant: Variant, found: Step, reference: Ste
     }
 
 
-def launch(size: int, *, first_variants: bool = False) -> list[Result]:
+def launch(size: int, *, tested_only: bool = False) -> list[Result]:
     """Start `size` processes on this machine that run their cases; returns the results.
 
     Raises RuntimeError with what they wrote when they fail.
@@ -110,7 +108,7 @@ def launch(size: int, *, first_variants: bool = False) -> list[Result]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={size}", "-m", "carillon.engine.train.parity"]
         done = subprocess.run(
-            [*command, "--results", str(out), *["--first-variants"] * first_variants],
+            [*command, "--results", str(out), *["--tested-only"] * tested_only],
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_S,
@@ -148,12 +146,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="the page to write")
     parser.add_argument("--results", type=Path, help="in a process group: JSON of its cases")
-    parser.add_argument("--first-variants", action="store_true", help="of each row, no others")
+    parser.add_argument("--tested-only", action="store_true", help="the cases that tests run")
     arguments = parser.parse_args()
     if arguments.results is not None:
         torch.set_num_threads(1)
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        results = run_cases(dist.get_world_size(), first_variants=arguments.first_variants)
+        results = run_cases(dist.get_world_size(), tested_only=arguments.tested_only)
         if dist.get_rank() == 0:
             arguments.results.write_text(json.dumps(results))
         dist.destroy_process_group()
