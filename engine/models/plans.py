@@ -7,17 +7,18 @@ et al. 2019 (Megatron-LM), section 3. Rows of `qkv` are head-major, so a share i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from carillon.engine.choices import divisors, either, listed, nearest
 from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.models.towers.decoder import Decoder
-from carillon.engine.models.towers.decoder_config import DecoderConfig, divisors
+from carillon.engine.models.towers.decoder_config import DecoderConfig
 from carillon.engine.models.towers.dual_encoder import DualEncoder, DualEncoderConfig
 from carillon.engine.nn.fp8 import UNIT
 from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.pipeline_split import split_problems
 from carillon.engine.parallel.plan import Plan, Split
-from carillon.engine.parallel.zigzag import either, nearest, row_length_errors
+from carillon.engine.parallel.zigzag import row_length_errors
 
 _BLOCK = {
     "attention.qkv": Split.COLUMNS,
@@ -78,7 +79,7 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
     if ep > 1 and moe.num_experts is None:
         yield f"distributed.ep: {ep} given, but the model has no experts; use ep=1"
     elif ep > 1 and moe.num_experts is not None and moe.num_experts % ep:
-        fits = ", ".join(map(str, divisors(moe.num_experts)))
+        fits = listed(divisors(moe.num_experts))
         more = -(-moe.num_experts // ep) * ep
         yield (
             f"distributed.ep: {ep} does not divide model.moe.num_experts ({moe.num_experts}); use "
@@ -96,37 +97,52 @@ def decoder_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterat
         )
     yield from _context_problems(config, layout)
     if layout.precision == "fp8":
-        yield from _fp8_problems(config, layout)
+        width = ("model.width", config.width)
+        sides = [("model.width", (config.width,)), *_decoder_sides(config)]
+        yield from fp8_problems(layout, [width], sides, {"decoder": config.depth})
 
 
-def _fp8_problems(config: DecoderConfig, layout: DistributedConfig) -> Iterator[str]:
-    moe, tp, kept = config.moe, layout.tp, layout.fp8_keep_blocks
-    if config.width % UNIT:
-        yield (
-            f"distributed.precision: fp8 multiplies sides that are multiples of {UNIT}, and "
-            f"model.width ({config.width}) is none, so no layer would; change it, or use "
-            "precision=bf16"
-        )
-    if 2 * kept >= config.depth:
-        yield (
-            f"distributed.fp8_keep_blocks: {kept} at either end leave none of {config.depth} "
-            f"blocks in 8 bits; use at most {(config.depth - 1) // 2}, or precision=bf16"
-        )
+def _decoder_sides(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of the layers with 8-bit products that tp splits, besides the width."""
+    moe = config.moe
     attention = (config.num_heads + 2 * config.kv_heads) * (config.width // config.num_heads)
-    sides = {
-        "model.width": (config.width,),
-        "model's queries, keys and values": (attention,),
-        "model.mlp_width": (config.mlp_width, 2 * config.mlp_width),
-    }
+    yield "model's queries, keys and values", (attention,)
+    yield "model.mlp_width", (config.mlp_width, 2 * config.mlp_width)
     if moe.num_experts is not None:
         shared = moe.shared_experts * moe.expert_width
-        sides["model.moe.shared_experts x expert_width"] = (shared, 2 * shared)
-    for name, sizes in sides.items():
+        yield "model.moe.shared_experts x expert_width", (shared, 2 * shared)
+
+
+def fp8_problems(
+    layout: DistributedConfig,
+    widths: Sequence[tuple[str, int]],
+    sides: Sequence[tuple[str, tuple[int, ...]]],
+    depth_of: Mapping[str, int],
+) -> Iterator[str]:
+    """Why 8-bit products cannot be laid out so.
+
+    `widths`: of the towers, a side of every layer in one. `sides`: of the layers that tp splits.
+    """
+    tp, kept = layout.tp, layout.fp8_keep_blocks
+    if all(width % UNIT for _, width in widths):
+        given = " and ".join(f"{name} ({width})" for name, width in widths)
+        yield (
+            f"distributed.precision: fp8 multiplies sides that are multiples of {UNIT}, and "
+            f"{given} {'are' if len(widths) > 1 else 'is'} none, so no layer would; change "
+            f"{'one' if len(widths) > 1 else 'it'}, or use precision=bf16"
+        )
+    if all(2 * kept >= depth for depth in depth_of.values()):
+        deepest = max(depth_of.values())
+        yield (
+            f"distributed.fp8_keep_blocks: {kept} at either end leave none of up to {deepest} "
+            f"blocks in 8 bits; use at most {(deepest - 1) // 2}, or precision=bf16"
+        )
+    for name, sizes in sides:
         if not _are_whole_units(sizes, tp):
-            fits = [str(n) for n in divisors(sizes[0]) if n < tp and _are_whole_units(sizes, n)]
+            fits = [n for n in divisors(sizes[0]) if n < tp and _are_whole_units(sizes, n)]
             yield (
                 f"distributed.tp: {tp} leaves a share of {name} ({sizes[0]}) that is no multiple "
-                f"of {UNIT}, as 8-bit products need; use one of {', '.join(fits)}, or "
+                f"of {UNIT}, as 8-bit products need; use one of {listed(fits)}, or "
                 "precision=bf16"
             )
 
@@ -159,7 +175,7 @@ def tp_problems(tp: int, sizes: Sequence[tuple[str, int]]) -> Iterator[str]:
     """One message for all named sizes that tp does not divide, with the degrees that divide all."""
     wrong = [f"{name} ({size})" for name, size in sizes if size % tp]
     if wrong:
-        fits = ", ".join(map(str, divisors(math.gcd(*(size for _, size in sizes)))))
+        fits = listed(divisors(math.gcd(*(size for _, size in sizes))))
         yield f"distributed.tp: {tp} does not divide {', '.join(wrong)}; use one of {fits}"
 
 

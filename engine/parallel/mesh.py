@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from carillon.engine.choices import divisors, either, listed, multiples, nearest
 from carillon.engine.config import UserError
-from carillon.engine.models.towers.decoder_config import divisors
 from carillon.engine.parallel.config import DistributedConfig
-from carillon.engine.parallel.zigzag import either, nearest
 
 SAMPLE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DENSE_AXES = ("pp", "dp_replicate", "fsdp", "tp")
@@ -53,7 +52,7 @@ def degrees_of(config: DistributedConfig, world_size: int) -> Degrees:
     replicate, shard = _data_degrees(config, world_size // others)
     split = shard * config.cp
     if split % config.ep:
-        fits = ", ".join(str(n) for n in range(1, split + 1) if split % n == 0)
+        fits = listed(divisors(split))
         raise UserError(
             f"distributed.ep: {config.ep} does not divide dp_shard x cp = {split}; use one of "
             f"{fits}, or shard over more processes (zero_stage 1, 2 or 3)"
@@ -71,10 +70,9 @@ def degrees_of(config: DistributedConfig, world_size: int) -> Degrees:
 def _undivided(config: DistributedConfig, world_size: int, others: int) -> str:
     given = [f"{name}={getattr(config, name)}" for name in ("pp", "cp", "tp")]
     named = " x ".join(f"distributed.{one}" for one in given if not one.endswith("=1"))
-    whole = world_size // others * others
     return (
         f"{named}: {world_size} processes do not divide by pp x cp x tp = {others}; start "
-        f"{either(n for n in (whole, whole + others) if n)} processes, or use degrees whose "
+        f"{either(multiples(others, world_size))} processes, or use degrees whose "
         f"product is {either(nearest(divisors(world_size), others))}"
     )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 
+from carillon.engine.choices import divisors, listed
 from carillon.engine.parallel.config import DistributedConfig
 
 INTERLEAVED = ("interleaved1f1b", "interleaved_zero_bubble")  # these take whole rounds
@@ -124,7 +125,7 @@ def allows(config: DistributedConfig, num_microbatches: int) -> bool:
 
 def possible_counts(config: DistributedConfig, share: int) -> list[int]:
     """Numbers of equal microbatches into which the schedule can cut a process's `share`."""
-    return [n for n in range(1, share + 1) if share % n == 0 and allows(config, n)]
+    return [n for n in divisors(share) if allows(config, n)]
 
 
 def microbatch_size(config: DistributedConfig, given: int | None, share: int) -> int:
@@ -147,11 +148,10 @@ def microbatch_problem(
     if config.pp == 1:
         if not equal or given is None or share % given == 0:
             return None
-        sizes = [n for n in range(1, share + 1) if share % n == 0]
-        near = sorted(sorted(sizes, key=lambda n: abs(n - given))[:3])
+        near = sorted(sorted(divisors(share), key=lambda n: abs(n - given))[:3])
         return (
             f"data.micro_batch_size: {given} does not divide a process's {share} rows, and "
-            f"microbatches are of one size; use {', '.join(map(str, near))}"
+            f"microbatches are of one size; use {listed(near)}"
         )
     size = microbatch_size(config, given, share)
     count = share / size

@@ -14,12 +14,13 @@ Legend: B rows, L tokens, S starts of documents and the end, C tokens of a chunk
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from carillon.engine.choices import divisors, either, multiples, nearest
 from carillon.engine.data.packed_rows import PackedRows
 
 
@@ -78,19 +79,9 @@ def row_length_errors(length: int, size: int) -> Iterator[str]:
     """Why rows of `length` tokens cannot be cut over `size` processes; nothing where they can."""
     step = 2 * size
     if length % step:
-        lengths = {length // step * step, -(-length // step) * step} - {0}
-        sizes = [n for n in range(1, length // 2 + 1) if length % (2 * n) == 0]
+        sizes = nearest(divisors(length // 2) if length % 2 == 0 else [], size)
         yield (
             f"cp: {size} given, but rows of {length} tokens do not divide into 2 x cp = {step} "
-            f"chunks; use rows of {either(lengths)} tokens, or cp={either(nearest(sizes, size))}"
+            f"chunks; use rows of {either(multiples(step, length))} tokens, or "
+            f"cp={either(sizes)}"
         )
-
-
-def nearest(allowed: Sequence[int], given: int) -> list[int]:
-    """The values next to `given`, of sorted ones; 1 where none is allowed, which cuts nothing."""
-    below, above = [n for n in allowed if n < given], [n for n in allowed if n > given]
-    return [*below[-1:], *above[:1]] or [1]
-
-
-def either(values: Iterable[int]) -> str:
-    return " or ".join(str(n) for n in sorted(values))

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from carillon.engine.choices import divisors, either, listed, multiples
 from carillon.engine.config import UserError, config_hash, to_values
 from carillon.engine.data.order import HeldOut
 from carillon.engine.data.pair_ids import check_field
@@ -33,7 +34,6 @@ from carillon.engine.parallel.pipeline_split import microbatch_problem
 from carillon.engine.parallel.place import own_place
 from carillon.engine.parallel.start import start_world, told_by_one
 from carillon.engine.parallel.watchdog import Watchdog
-from carillon.engine.parallel.zigzag import either
 from carillon.engine.registry.recorder import RunRecorder
 from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints
 from carillon.engine.train.checkpoint_seal import recover
@@ -112,12 +112,10 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     data = degrees_of(config.distributed, world_size).data
     batch = config.data.batch_size
     if batch % data:
-        fits = [n for n in range(1, min(batch, 4 * data) + 1) if batch % n == 0]
-        near = ", ".join(map(str, sorted(sorted(fits, key=lambda n: abs(n - data))[:3])))
-        whole = batch // data * data
+        near = listed(sorted(sorted(divisors(batch), key=lambda n: abs(n - data))[:3]))
         raise UserError(
             f"data.batch_size: {batch} do not divide over {data} data-parallel processes; "
-            f"use {near} processes, or a batch of {either(n for n in (whole, whole + data) if n)}"
+            f"use {near} processes, or a batch of {either(multiples(data, batch))}"
         )
     equal = isinstance(config.model, DecoderConfig)  # routers' losses are means of microbatches
     problem = microbatch_problem(

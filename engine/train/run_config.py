@@ -7,7 +7,7 @@ so that none is given without an effect.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,13 @@ from carillon.engine.eval.suite import EvaluationConfig
 from carillon.engine.log import LoggingConfig
 from carillon.engine.losses.contrastive import LossConfig
 from carillon.engine.models.catalog import text_config
-from carillon.engine.models.plans import decoder_problems, depths, split_sizes, tp_problems
+from carillon.engine.models.plans import (
+    decoder_problems,
+    depths,
+    fp8_problems,
+    split_sizes,
+    tp_problems,
+)
 from carillon.engine.models.towers.decoder import Decoder, build_decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig
 from carillon.engine.models.towers.dual_encoder import (
@@ -27,7 +33,6 @@ from carillon.engine.models.towers.dual_encoder import (
     DualEncoderConfig,
     build_dual_encoder,
 )
-from carillon.engine.nn.fp8 import UNIT as FP8_UNIT
 from carillon.engine.parallel.config import DistributedConfig
 from carillon.engine.parallel.pipeline_split import split_problems
 from carillon.engine.train.optim import OptimizationConfig
@@ -142,15 +147,10 @@ def _dual_encoder_problems(config: RunConfig, model: DualEncoderConfig) -> Itera
             "data parallelism (distributed.zero_stage) or tp"
         )
     if layout.precision == "fp8":
-        widths = dict(split_sizes(model, None, "width"))
-        if all(width % FP8_UNIT for width in widths.values()):
-            given = " and ".join(f"{name} ({width})" for name, width in widths.items())
-            yield (
-                f"distributed.precision: fp8 multiplies sides that are multiples of {FP8_UNIT}, "
-                f"and {given} are none, so no layer would; change one, or use precision=bf16"
-            )
-        sizes = split_sizes(model, whole, "width", "mlp_width")
-        yield from _fp8_problems(layout, dict(sizes), depths(model))
+        widths = list(split_sizes(model, None, "width"))
+        split = split_sizes(model, whole, "width", "mlp_width")
+        sides = [(name, (size,)) for name, size in split]
+        yield from fp8_problems(layout, widths, sides, depths(model))
     yield from split_problems(layout, depths(model))
     asked = config.data.augment.text.max_len
     if asked is not None and asked > context:
@@ -203,25 +203,3 @@ def _unused_by_a_decoder(config: RunConfig) -> Iterator[str]:
         f"evaluation.in_training.{name}"
         for name in changed(config.evaluation.in_training, "sets", "languages")
     )
-
-
-def _fp8_problems(
-    layout: DistributedConfig, sizes: Mapping[str, int], depth_of: Mapping[str, int]
-) -> Iterator[str]:
-    """`sizes`: those of the layers with 8-bit products, of which tp leaves a share."""
-    tp, kept = layout.tp, layout.fp8_keep_blocks
-    for name, size in sizes.items() if tp > 1 else ():
-        if size % FP8_UNIT == 0 and size // tp % FP8_UNIT:  # 8 bits in one process only
-            fits = ", ".join(
-                str(n) for n in range(1, tp) if size % n == 0 and size // n % FP8_UNIT == 0
-            )
-            yield (
-                f"distributed.tp: {tp} leaves a share of {name} ({size}) that is no multiple "
-                f"of {FP8_UNIT}, as 8-bit products need; use one of {fits}, or precision=bf16"
-            )
-    if all(2 * kept >= depth for depth in depth_of.values()):
-        deepest = max(depth_of.values())
-        yield (
-            f"distributed.fp8_keep_blocks: {kept} at either end leave none of up to {deepest} "
-            f"blocks in 8 bits; use at most {(deepest - 1) // 2}, or precision=bf16"
-        )

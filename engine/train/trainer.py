@@ -334,8 +334,11 @@ class Trainer(Generic[B]):
         every = self.config.evaluation.in_training.every
         if not every or not self._due(every) or self.guard.is_skipping:
             return
+        weights = self._weights()
+        if not self.world.is_main:  # the others go on and wait at the next collective
+            return
         try:
-            score = self.task.evaluate(self._weights())
+            score = self.task.score(weights)
         except StopAsked:
             logger.info("the evaluation at step %d is left: a signal asked to stop", self.step)
             return

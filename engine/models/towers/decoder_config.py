@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from carillon.engine.choices import divisors, listed
 from carillon.engine.config import changed, section, setting
 from carillon.engine.nn.router import Score
 
@@ -94,14 +95,14 @@ class DecoderConfig:
         if self.width % self.num_heads:
             yield (
                 f"num_heads: {self.num_heads} does not divide width {self.width}; use one of "
-                f"{_listed(divisors(self.width))}"
+                f"{listed(divisors(self.width))}"
             )
         else:
             yield from self._check_head_dim()
         if self.num_heads % self.kv_heads:
             yield (
                 f"num_kv_heads: {self.kv_heads} does not divide num_heads {self.num_heads}; use "
-                f"one of {_listed(divisors(self.num_heads))}"
+                f"one of {listed(divisors(self.num_heads))}"
             )
         if self.moe.num_experts is not None and self.moe.dense_blocks >= self.depth:
             yield (
@@ -120,11 +121,3 @@ class DecoderConfig:
                 f"{HEAD_DIM_STEP} up to {MAX_HEAD_DIM}: with these heads, width "
                 f"{steps * HEAD_DIM_STEP * self.num_heads} is the nearest"
             )
-
-
-def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))

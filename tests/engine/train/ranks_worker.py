@@ -12,6 +12,8 @@ import resource
 import socket
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,15 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     files = [folder / f"stderr-{rank}" for rank in range(world_size)]
-    children = [fork_rank(case, rank, port, files[rank]) for rank in range(world_size)]
+    children = [
+        forked(file, partial(run_rank, case, rank, port)) for rank, file in enumerate(files)
+    ]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     return {"codes": codes, "stderr": [file.read_text() for file in files]}
 
 
-def fork_rank(case: dict[str, Any], rank: int, port: int, stderr: Path) -> int:
+def forked(stderr: Path, work: Callable[[], int]) -> int:
+    """A process that does `work`, its stderr to a file, and ends with the code that it gives."""
     child = os.fork()
     if child:
         return child
@@ -41,15 +46,7 @@ def fork_rank(case: dict[str, Any], rank: int, port: int, stderr: Path) -> int:
     try:
         sys.stderr = stderr.open("w")
         os.dup2(sys.stderr.fileno(), 2)
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world_size"]}
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in (place | rendezvous).items()})
-        limit = case["file_limits"].get(str(rank))
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        if case["fault"] == rank:
-            TextPiece.forward = fail  # type: ignore[method-assign]
-        code = main(case["argv"])
+        code = work()
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
@@ -57,6 +54,18 @@ def fork_rank(case: dict[str, Any], rank: int, port: int, stderr: Path) -> int:
     finally:
         sys.stderr.flush()
         os._exit(code)  # the parent's own clean-up is not the child's
+
+
+def run_rank(case: dict[str, Any], rank: int, port: int) -> int:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world_size"]}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in (place | rendezvous).items()})
+    limit = case["file_limits"].get(str(rank))
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if case["fault"] == rank:
+        TextPiece.forward = fail  # type: ignore[method-assign]
+    return main(case["argv"])
 
 
 def fail(*given: Any, **named: Any) -> Any:

@@ -8,16 +8,18 @@ exit code, its stderr, and the seconds that it ran and that it outlived the SIGT
 
 import json
 import os
+import runpy
 import signal
 import sys
 import time
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import carillon.engine.train.launch  # noqa: F401  (torch and all, before the forks)
 from carillon.engine.cli import main
+
+# It imports torch and all, before the forks.
+forked = runpy.run_path(str(Path(__file__).with_name("ranks_worker.py")))["forked"]
 
 
 @dataclass
@@ -30,23 +32,12 @@ class Child:
     result: dict[str, Any] | None = None
 
     def start(self) -> None:
-        self.pid = os.fork()
-        if self.pid:
-            return
-        code = 1
-        try:
-            sys.stderr = self.stderr.open("w")
-            os.dup2(sys.stderr.fileno(), 2)
-            time.sleep(self.given["late_s"])
-            os.environ.update(self.given["environment"])
-            code = main(self.given["argv"])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)  # the parent's own clean-up is not the child's
+        self.pid = forked(self.stderr, self._run)
+
+    def _run(self) -> int:
+        time.sleep(self.given["late_s"])
+        os.environ.update(self.given["environment"])
+        return main(self.given["argv"])
 
     def look(self) -> None:
         text = self.given["terminate_at"]
