@@ -45,7 +45,7 @@ MIXED = DecoderConfig(
             replace(MIXED, mlp_width=40, moe=replace(MIXED.moe, expert_width=24, dense_blocks=1)),
             DistributedConfig(tp=2, precision="fp8", fp8_keep_blocks=4),
             [
-                "fp8_keep_blocks: 4 at either end leave none of up to 8 blocks in 8 bits; use at most 3",
+                "4 at either end leave none of up to 8 blocks in 8 bits; use at most 3",
                 "share of model.mlp_width (40) that is no multiple of 16",
                 "share of model.moe.shared_experts x expert_width (24)",
             ],
