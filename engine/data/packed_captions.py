@@ -12,17 +12,18 @@ Legend: B rows, L tokens of a row, S = n + 2 offsets: starts of n captions, of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from carillon.engine.data.config import DataConfig
 from carillon.engine.data.order import position_generator
 from carillon.engine.data.packed_rows import IGNORED, PackedRows
 from carillon.engine.data.positioned import FilteredSample, Positioned
-from carillon.engine.data.shards import SampleError, Split
+from carillon.engine.data.samples import RawSample, SampleError
 from carillon.engine.data.tokenizer import Tokenizer
+from carillon.engine.data.training_data import TrainingData
 
 
 class Caption(NamedTuple):
@@ -56,22 +57,20 @@ class CaptionRows(NamedTuple):
 class PackedCaptions(Positioned[CaptionRows]):
     """Global position -> row of `context` tokens."""
 
-    def __init__(
-        self, split: Split, config: DataConfig, tokenizer: Tokenizer, *, context: int, seed: int
-    ) -> None:
-        super().__init__(split, config, seed)
+    def __init__(self, data: TrainingData, tokenizer: Tokenizer, *, context: int) -> None:
+        super().__init__(data)
         self.context = context
-        self._pack = Packing(tokenizer, config.augment.text.max_len or context, context)
+        self._pack = Packing(tokenizer, self.config.augment.text.max_len or context, context)
 
     @property
     def num_per_epoch(self) -> int:
-        return max(1, self.held_out.num_training // self.config.documents_per_row)
+        return max(1, self.data.num_training // self.config.documents_per_row)
 
     def batch(self, positions: Sequence[int]) -> CaptionRows:
         num = self.config.documents_per_row
         places = [position * num + i for position in positions for i in range(num)]
         bad: list[tuple[str, str]] = []
-        captions, num_filtered = self.draw(places, bad, self._read)
+        captions, num_filtered = self.draw(places, bad, self._caption_of)
         by_row = [captions[start : start + num] for start in range(0, len(captions), num)]
         rows = self._pack([[caption.text for caption in row] for row in by_row])
         return CaptionRows(rows, [caption.key for caption in captions], bad, num_filtered)
@@ -82,18 +81,18 @@ class PackedCaptions(Positioned[CaptionRows]):
         Bad and filtered ones are passed over.
         """
         texts: list[str] = []
-        for row in self.held_out.validation_rows()[:most].tolist():
+        for place in islice(self.data.validation_places(), most):
             try:
-                texts.append(self._read(row, row, "held out").text)
+                raw = self.data.read(place)
+                texts.append(self._caption_of(place.row, raw, "held out").text)
             except (SampleError, FilteredSample):
                 continue
         num = self.config.documents_per_row
         full = [texts[start : start + num] for start in range(0, len(texts), num)]
         return self._pack([row + [""] * (num - len(row)) for row in full]) if full else None
 
-    def _read(self, place: int, row: int, purpose: str = "sample") -> Caption:
-        raw = self.split.read(row)
-        generator = position_generator(self.seed, purpose, place)
+    def _caption_of(self, position: int, raw: RawSample, purpose: str = "sample") -> Caption:
+        generator = position_generator(self.seed, purpose, position)
         return Caption(raw.key, self.choose_caption(raw, generator)[1])
 
 

@@ -103,7 +103,7 @@ class Trainer(Generic[B]):
         tensors = self._tensors()
         read_tensors(checkpoint, tensors, partial=False, shapes=self._shapes_of_all(tensors))
         state = checkpoint.state
-        missing = {"loader", "guard", "best", "config_hash", "fp8_shadow"} - state.keys()
+        missing = {"loader", "joined", "guard", "best", "config_hash", "fp8_shadow"} - state.keys()
         if missing:
             raise UserError(
                 f"checkpoint {checkpoint.path} has weights and no state of a training "
@@ -113,6 +113,7 @@ class Trainer(Generic[B]):
         first = self.world.data_rank == 0  # on every process with its samples: copies are averaged
         counts = {} if first else dict.fromkeys(self.loader.counts(), 0)
         self.loader.load_state_dict(state["loader"] | counts)
+        self.loader.samples.data.check_joined(state["joined"], self.loader.position)
         self.guard.load_state_dict(state["guard"])
         self.best = {int(step): float(metric) for step, metric in state["best"].items()}
         trained, asked = state["config_hash"], config_hash(self.config)
@@ -261,6 +262,8 @@ class Trainer(Generic[B]):
         values["epoch"] = self.loader.position / self._per_epoch
         values["bad_samples"] = float(counts["num_bad"])
         values["filtered_samples"] = float(counts["num_filtered"])
+        epochs = self.loader.samples.data.epochs(self.loader.position)
+        values |= {f"epoch/{name}": epoch for name, epoch in epochs.items()}
         values |= facts
         if shadow is not None:
             values["fp8_gap"] = self.shadow.judge(mean_loss, shadow)
@@ -392,6 +395,7 @@ class Trainer(Generic[B]):
             "metric": self._metric,
             "best": {str(step): metric for step, metric in self.best.items()},
             "loader": self._loader_state(),
+            "joined": self.loader.samples.data.joined,
             "guard": self.guard.state_dict(),
             "fp8_shadow": self.shadow.state_dict(),
             "fp8_scaling": self.fp8_scaling and self.fp8_scaling.state_dict(),

@@ -12,9 +12,9 @@ from carillon.engine.data.config import DataConfig
 from carillon.engine.data.loader import TrainingLoader
 from carillon.engine.data.packed_captions import PackedCaptions, Packing
 from carillon.engine.data.packed_rows import IGNORED
-from carillon.engine.data.positioned import open_split
 from carillon.engine.data.shards import ShardWriter
 from carillon.engine.data.tokenizer import Tokenizer
+from carillon.engine.data.training_data import training_data
 
 LENGTH = 10
 TOKENIZER = Tokenizer.train(["red green blue dog cat"], vocab_size=300)
@@ -28,7 +28,7 @@ def rows_of(path: Path, num: int = 30, **changes: Any) -> PackedCaptions:
                 writer.write(f"key{i:03d}", {"png": b"any"}, {"captions": captions})
     values = {"path": str(path), "batch_size": 4, "num_workers": 0, "documents_per_row": 3}
     config = build(DataConfig, values | changes)
-    return PackedCaptions(open_split(config), config, TOKENIZER, context=24, seed=5)
+    return PackedCaptions(training_data(config, 5), TOKENIZER, context=24)
 
 
 def test_a_row_is_captions_then_padding() -> None:
