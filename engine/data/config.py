@@ -72,6 +72,25 @@ class ShuffleConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackingConfig:
+    """`data.packing`: how a decoder's rows are filled with captions."""
+
+    window: int = setting(
+        16, "Samples that each stream looks through for one that fits.", min=1, max=100_000
+    )
+    streams: int = setting(
+        4,
+        "Streams that take turns at each row of the batch; a process uses at most as many "
+        "loader workers, a number that divides it.",
+        min=1,
+        max=1024,
+    )
+    max_documents: int = setting(
+        256, "Captions that a row has room for, or a third of its tokens.", min=1, max=65_536
+    )
+
+
 _SET_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -152,12 +171,7 @@ class DataConfig:
         max=MAX_BATCH_SIZE,
     )
     shuffle: ShuffleConfig = section(ShuffleConfig)
-    documents_per_row: int = setting(
-        16,
-        "Captions in a decoder's row; what goes past its end is left out, the rest is padding.",
-        min=1,
-        max=65_536,
-    )
+    packing: PackingConfig = section(PackingConfig)
     num_workers: int = setting(
         1,
         "Loader processes beside each training process; 0 loads in it.",

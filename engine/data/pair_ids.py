@@ -38,9 +38,10 @@ def check_field(splits: Sequence[Split], field: str) -> None:
     would do nothing."""
     named = sum((_fields_of(split) for split in splits), Counter[str]())
     if named and field not in named:
+        num = sum(min(len(split), _NUM_CHECKED) for split in splits)
         fields = ", ".join(name for name, _ in named.most_common(_MAX_NAMED))
         raise UserError(
-            f"loss.itc.same_field: none of {_NUM_CHECKED} samples of a split has {field!r}; they "
+            f"loss.itc.same_field: none of {num} samples has {field!r}; they "
             f"have {fields}. Name one of these, or leave it out"
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from carillon.engine.data.decode.image import decode_rgb
 from carillon.engine.data.order import position_generator
+from carillon.engine.data.packing import StreamState
 from carillon.engine.data.pair_ids import NO_ID, pair_id
 from carillon.engine.data.positioned import Positioned
 from carillon.engine.data.samples import RawSample, SampleError
@@ -45,6 +46,10 @@ class Batch(NamedTuple):
     bad: list[tuple[str, str]]
     num_filtered: int = 0
     ids: Tensor | None = None
+
+    @property
+    def streams(self) -> Mapping[int, StreamState]:
+        return {}
 
     def to(self, device: torch.device) -> Batch:
         return self._replace(
@@ -88,10 +93,6 @@ class PositionedSamples(Positioned[Batch]):
         self.tokenizer, self.size, self.same_field = tokenizer, size, same_field
         self._min_side = needed_side(size, self.config.augment.image)
         self.context = min(self.config.augment.text.max_len or context, context)
-
-    @property
-    def num_per_epoch(self) -> int:
-        return self.data.num_training
 
     def batch(self, positions: Sequence[int]) -> Batch:
         bad: list[tuple[str, str]] = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from carillon.engine.config import UserError
+from carillon.engine.data.packing import StreamState
 from carillon.engine.data.samples import RawSample, SampleError
 from carillon.engine.data.training_data import Place, TrainingData, language_weights
 
@@ -35,7 +36,8 @@ class PositionedBatch(Protocol):
     """What the loader and the training loop know of a batch: one process's share of a global one.
 
     `keys` of all samples in it. `bad` holds (key, reason) of the bad samples that were replaced,
-    `num_filtered` says how many sound ones were.
+    `num_filtered` says how many sound ones were. `streams` says where the streams that filled it
+    stand now, by their numbers; none where a batch follows from its positions alone.
     """
 
     @property
@@ -44,6 +46,8 @@ class PositionedBatch(Protocol):
     def bad(self) -> list[tuple[str, str]]: ...
     @property
     def num_filtered(self) -> int: ...
+    @property
+    def streams(self) -> Mapping[int, StreamState]: ...
 
     def to(self, device: torch.device) -> Self: ...
 
@@ -74,10 +78,11 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
         self.data, self.config, self.seed = data, data.config, data.seed
         self._language_weights = language_weights(data.config, data.sets)
 
-    @property
-    @abstractmethod
-    def num_per_epoch(self) -> int:
-        """Positions of a pass over the training rows."""
+    turns: int | None = None  # steps until the same streams fill a batch again; none: no streams
+    num_streams: int = 1
+
+    def start(self, streams: Mapping[int, StreamState]) -> None:
+        """Go on with streams where they stand; the next batches are asked for in order."""
 
     @abstractmethod
     def batch(self, positions: Sequence[int]) -> B:

@@ -40,5 +40,5 @@ def test_a_field_must_be_there(tmp_path: Path) -> None:
     (split,) = open_dataset(tmp_path / "set").splits.values()
     check_field([split], "label")
     check_field([split], "rare")  # the samples that are read are spread evenly
-    with pytest.raises(UserError, match="none of 100 samples of a split has 'lable'; they have"):
+    with pytest.raises(UserError, match="none of 100 samples has 'lable'; they have"):
         check_field([split], "lable")
