@@ -1,14 +1,17 @@
 """Proof that a killed run loses nothing: `make prove-kill`.
 
-A reference run of two processes is never interrupted. Two more of the same config are killed with
+A reference run of two processes is never interrupted. Others of the same config are killed with
 SIGKILL, every process of them at once, at random moments (a step, a time since the start, within a
-save), and resumed: series `any` with 1, 2 or 4 processes, never as many as the time before, series
-`two` always with two. Series `packed` is of another kind of run, a decoder on rows packed from a
-mixture of two sets, with a reference of its own, 1, 2 or 4 processes and 0 to 4 loader workers. It
-holds that after every kill each checkpoint with a final name verifies, that every resume starts from
-the newest of them, that the sequence of sample keys at the end is the reference's to the sample, and
-that series `two` ends with the reference's fp32 weights and moments bit for bit. State is kept in --work, so the proof itself can be interrupted; results are appended
-to results/prove_kill.jsonl.
+save), and resumed:
+- series `any`: 1, 2 or 4 processes, never as many as the time before;
+- series `two`: always two;
+- series `packed`: a decoder on rows packed from a mixture of two sets, with a reference of its own,
+  1, 2 or 4 processes and 0 to 4 loader workers.
+It holds that after every kill each checkpoint with a final name verifies, that every resume starts
+from the newest of them, that the sequence of sample keys at the end is the reference's to the
+sample, and that series `two` ends with the reference's fp32 weights and moments bit for bit. State
+is kept in --work, so the proof itself can be interrupted; results are appended to
+results/prove_kill.jsonl.
 """
 
 from __future__ import annotations
@@ -345,6 +348,7 @@ def prove(work: Path, *, num_kills: int, num_steps: int, only: str | None = None
             series = Series(name, Run(config, work / name), worlds, num_kills, num_steps)
             _prove_one(series, reference, work, data.name)
     config = work / "packed.yaml"
+    num_steps *= 4  # its steps are short
     config.write_text(dump_yaml(packed_values(sets, num_steps)))
     reference = Run(config, work / "packed-reference")
     finish(reference, 2, work / "packed-reference.log", 0)

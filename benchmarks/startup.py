@@ -4,7 +4,8 @@ Each shard has an index of 100,000 rows of its own on disk (27 GB in all, so it 
 The tar of 100,000 small pictures is one file under 10,000 names: what is measured is the way to a
 row and what is kept of it, not the pictures. Measured in a process of its own: from nothing open to
 the first batch, with two workers; then what a worker's memory grows to over random rows, and a
-resume at the middle. Run by `python benchmarks/startup.py FOLDER`; writes results/startup.json and keeps the set.
+resume at the middle.
+Run by `python benchmarks/startup.py FOLDER`; writes results/startup.json and keeps the set.
 """
 
 from __future__ import annotations
