@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from carillon.engine.data.config import DataConfig
-from carillon.engine.data.decode.image import decode_rgb
+from carillon.engine.data.decode.image import decode_image
 from carillon.engine.data.order import position_generator
 from carillon.engine.data.pair_ids import NO_ID, pair_id
 from carillon.engine.data.positioned import Positioned
@@ -111,7 +111,7 @@ class PositionedSamples(Positioned[Batch]):
         language, caption = self.choose_caption(raw, generator)
         same = pair_id(raw, self.same_field) if self.same_field is not None else NO_ID
         try:
-            picture = decode_rgb(raw.media, min_side=self._min_side)
+            picture = decode_image(raw.media, min_side=self._min_side)
         except ValueError as error:
             raise SampleError(raw.key, str(error)) from None
         image = train_transform(picture, self.size, self.config.augment.image, generator)
