@@ -142,7 +142,8 @@ def _crop(image: Picture, size: int, box: tuple[float, float, float, float]) -> 
 def _corner_colour(image: Picture) -> NDArray[np.uint8]:
     """Per channel, the median (the mean of the middle two) of the four corner pixels."""
     corners = np.sort(image[[0, 0, -1, -1], [0, -1, 0, -1]].astype(int), axis=0)
-    return (corners[1:3].sum(axis=0) // 2).astype(np.uint8)
+    median: NDArray[np.uint8] = (corners[1:3].sum(axis=0) // 2).astype(np.uint8)
+    return median
 
 
 def _resized(image: Picture, height: int, width: int) -> Picture:

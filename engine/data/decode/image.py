@@ -5,7 +5,8 @@ Pillow knows dozens more, each an attack surface. The size is read from the head
 before a pixel is decoded, so a decompression bomb costs nothing. Transparency is put on white,
 16-bit grey keeps its upper byte, EXIF rotation is applied, of an animation the first frame counts.
 JPEGs go through libjpeg-turbo (jpeg.py), and can be decoded at a fraction of their size, several
-times faster, when the caller says how small the result may be. Left out: colour profiles (taken as sRGB), video, SVG.
+times faster, when the caller says how small the result may be. Left out: colour profiles (taken
+as sRGB), SVG.
 """
 
 from __future__ import annotations
