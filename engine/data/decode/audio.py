@@ -88,6 +88,32 @@ def decode_audio(
         raise AudioError(f"the sound cannot be decoded: {error}") from None
 
 
+class Header(NamedTuple):
+    """What a sound says of itself; `num_frames` is none where it does not know its length."""
+
+    format: str
+    rate: int
+    num_channels: int
+    num_frames: int | None
+
+
+def audio_header(data: bytes, *, limits: Limits = DEFAULT_LIMITS) -> Header:
+    """Read and check the header alone. Raises AudioError as decode_audio does."""
+    audio_format(data)
+    try:
+        with _Reader(io.BytesIO(data)) as file:
+            _check_header(file)
+            _check_wav_length(file, data)
+            known = file.frames if file.frames < _UNKNOWN_FRAMES else None
+            header = Header(_FORMATS[file.format], file.samplerate, file.channels, known)
+    except AudioError:
+        raise
+    except Exception as error:
+        raise AudioError(f"the sound's header cannot be read: {error}") from None
+    check_decoded_bytes(AudioError, "the sound", 4 * (known or 0) * header.num_channels, limits)
+    return header
+
+
 def audio_format(data: bytes) -> str:
     """wav, flac, ogg or mp3, by content. Raises AudioError for other formats."""
     if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
@@ -187,6 +213,10 @@ def _check_complete(
     # The length of an MP3 is often an estimate, so less than that is no sign of damage.
     if wanted is not None and num_read < wanted and file.format != "MP3":
         raise AudioError(f"the sound ends after {num_read:,} of {wanted:,} samples: damaged or cut")
+    _check_wav_length(file, data)
+
+
+def _check_wav_length(file: soundfile.SoundFile, data: bytes) -> None:
     claimed = _claimed_wav_bytes(data) if _FORMATS[file.format] == "wav" else 0
     if len(data) < claimed < _STREAMED_WAV_BYTES:
         raise AudioError(f"the sound says that it has {claimed:,} bytes, but has {len(data):,}")

@@ -15,8 +15,9 @@ from carillon.engine.data.decode.frame_choice import (
     UniformFrames,
     chosen_frames,
 )
-from carillon.engine.data.decode.limits import Limits
-from carillon.engine.data.decode.video import VideoError, decode_video, runs, video_format
+from carillon.engine.data.decode.limits import Limits, VideoError
+from carillon.engine.data.decode.video import decode_video
+from carillon.engine.data.decode.video_track import runs, video_format
 
 CLIPS = runpy.run_path(str(Path(__file__).with_name("clips.py")))
 video, frame, sound_only = CLIPS["video"], CLIPS["frame"], CLIPS["sound_only"]
