@@ -91,7 +91,7 @@ def _centre_square(image: Picture, size: int) -> Picture:
     height, width = image.shape[:2]
     side = min(height, width)
     left, top = (width - side) // 2, (height - side) // 2
-    return _resized(image[top : top + side, left : left + side], size, size)
+    return resize(image[top : top + side, left : left + side], size, size)
 
 
 def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -127,7 +127,7 @@ def _crop(image: Picture, size: int, box: tuple[float, float, float, float]) -> 
     bottom = max(min(round(box[3]), height), top + 1)
     inner = image[top:bottom, left:right]
     if box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height:
-        return _resized(inner, size, size)
+        return resize(inner, size, size)
     x_scale, y_scale = size / (box[2] - box[0]), size / (box[3] - box[1])
     w = min(size, max(1, round((right - left) * x_scale)))
     h = min(size, max(1, round((bottom - top) * y_scale)))
@@ -135,7 +135,7 @@ def _crop(image: Picture, size: int, box: tuple[float, float, float, float]) -> 
     y = min(round((top - box[1]) * y_scale), size - h)
     out = np.empty((size, size, 3), dtype=np.uint8)
     out[:] = _corner_colour(image)
-    out[y : y + h, x : x + w] = _resized(inner, h, w)
+    out[y : y + h, x : x + w] = resize(inner, h, w)
     return out
 
 
@@ -146,7 +146,7 @@ def _corner_colour(image: Picture) -> NDArray[np.uint8]:
     return median
 
 
-def _resized(image: Picture, height: int, width: int) -> Picture:
+def resize(image: Picture, height: int, width: int) -> Picture:
     """Bicubic with a low-pass filter as wide as the reduction asks for.
 
     torch's operator on bytes is Pillow's algorithm in vector instructions, several times faster:

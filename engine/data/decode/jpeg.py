@@ -14,6 +14,7 @@ import simplejpeg
 
 from carillon.engine.data.decode.limits import ImageError
 
+_COLOURS = ("YCbCr", "Gray", "RGB")
 _SCALES = (8, 4, 2)
 _MAX_SCANNED_PIXELS = 1_000_000_000  # a progressive file may ask for each pixel in many scans
 _FREE_SCANS = 16  # a usual progressive file has about ten
@@ -35,7 +36,7 @@ def decode_jpeg(
         return None
     check_size(width, height, max_pixels)
     check_scans(data, width * height)
-    if colours not in ("YCbCr", "Gray", "RGB"):
+    if colours not in _COLOURS:
         return None
     divisor = _divisor(min(width, height), min_side)
     try:
@@ -45,6 +46,17 @@ def decode_jpeg(
     except ValueError:
         return None
     return pixels
+
+
+def is_plain_jpeg(data: bytes, *, max_pixels: int) -> bool:
+    """Whether this is a JPEG in colours or grey. Raises ImageError as decode_jpeg does."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return False
+    check_size(width, height, max_pixels)
+    check_scans(data, width * height)
+    return colours in _COLOURS
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
