@@ -3,8 +3,8 @@
 A sample gives a text (a caption, else what is said in it), the patches of its picture or of frames
 of its video at their own shapes, and its sound's waveform; what it lacks takes no room. What a pack
 holds follows from the order (packed.py). In each part the segments of samples stand one after
-another, as packed_attention takes them: `offsets` are their starts and the end, the rest is padding;
-`owners` says which sample of the pack a segment belongs to.
+another, as packed_attention takes them: `offsets` are their starts and the end, the rest is
+padding; `owners` says which sample of the pack a segment belongs to.
 A sample is decoded when it is read, so its sizes are known: a stream holds `window` of them.
 Trade-off: a part that is not the fullest has padding; budgets are to be as the samples are.
 
