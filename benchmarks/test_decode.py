@@ -30,7 +30,7 @@ from carillon.engine.data.tokenizer import Tokenizer, captions_of
 from carillon.engine.data.transforms import ImageAugmentConfig, normalize
 
 CONTEXT, BATCH, SCALE = 32, 64, (0.6, 1.0)
-_ROUNDS = 11
+_ROUNDS = 7
 _BATCHES_A_ROUND = 3
 PICTURE_BAR, MEDIA_BAR = 1.2, 0.95
 Side = Callable[[], Any]
