@@ -10,7 +10,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 QUICKSTART := recipes/emoji_quickstart.yaml
 OPERATORS := contrastive packed_attention moe_routing fp8_cast image_normalize
 
-.PHONY: help install install-dev quickstart test asan lint bench-cpu bench-table bench-env bench-peers bench-scaling parity prove-kill prove-fp8 fuzz-decode clean
+.PHONY: help install install-dev quickstart test asan lint bench-cpu bench-table bench-env bench-peers bench-decode bench-scaling parity prove-kill prove-fp8 fuzz-decode clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,6 +83,13 @@ bench-peers: bench-env  ## speed and final loss against peers (JSON in benchmark
 	  --benchmark-json=benchmarks/results/training.json
 	.venv-bench/bin/python benchmarks/convergence.py
 	.venv-bench/bin/python benchmarks/contrastive_training.py
+
+# Decoding against other loaders and libraries; torchcodec needs Debian's ffmpeg (4 to 8) beside it.
+bench-decode: bench-env  ## pictures, sound and video to tensors per core second, against peers (JSON)
+	@set -e; for part in pictures sound video; do \
+	  .venv-bench/bin/python -m pytest -c benchmarks/pytest.ini benchmarks/test_decode.py \
+	    -k test_$$part --benchmark-json=benchmarks/results/decode_$$part.json; \
+	done
 
 bench-scaling: install-dev  ## two processes on two cores against one, and balance (JSON; quarter of an hour)
 	$(BIN)/python benchmarks/scaling.py
