@@ -228,7 +228,7 @@ def write_set(out: Path) -> Path:
             file = BytesIO()
             Image.fromarray(blocks.repeat(8, 0).repeat(8, 1)).save(file, "PNG")
             captions = {"en": [f"picture number {i}"], "de": [f"Bild Nummer {i}"]}
-            writer.write(f"picture{i}", file.getvalue(), "png", {"captions": captions})
+            writer.write(f"picture{i}", {"png": file.getvalue()}, {"captions": captions})
     return out
 
 

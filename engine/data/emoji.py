@@ -154,7 +154,7 @@ def _write(
         "caption_licence": sources.names_licence,
         "source": f"npm:{picture.pack.package.spec}",
     }
-    writer.write(f"{picture.pack.vendor}-{picture.concept}", media, "webp", meta, split=split)
+    writer.write(f"{picture.pack.vendor}-{picture.concept}", {"webp": media}, meta, split=split)
 
 
 def _render_all(pictures: Sequence[Picture], size: int, workers: int) -> Iterator[bytes]:

@@ -138,7 +138,7 @@ def _cache_root() -> Path:
 
 
 def _entry_name(tars: Sequence[Path]) -> str:
-    digest = hashlib.sha256(b"4\n")  # the version of what an entry holds
+    digest = hashlib.sha256(b"5\n")  # the version of what an entry holds
     for tar in tars:
         stat = tar.stat()
         digest.update(f"{tar.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())

@@ -293,7 +293,7 @@ def _store(
     if options.licence is not None:
         meta.setdefault("licence", options.licence)
     try:
-        writer.write(key, media, extension, meta, split=split_of(key, options.validation_share))
+        writer.write(key, {extension: media}, meta, split=split_of(key, options.validation_share))
     except SampleError as error:
         return error.reason
     return None

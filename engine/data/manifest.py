@@ -19,14 +19,15 @@ from carillon.engine.config import UserError
 
 MANIFEST_NAME = "dataset.json"
 FORMAT = "carillon-shards"
-VERSION = 2  # 2: every row of an index has its own checksum
+VERSION = 3  # 3: a sample is one span of any members; shards have a table of their items
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFile:
-    """One tar and its index; names are relative to the manifest's folder.
+    """One tar, its index and its items (items.py; none of a foreign tar); names are relative to
+    the manifest's folder.
 
-    `sha256` and `index_sha256` are of the whole files, recorded for whoever compares copies
+    The SHA-256 are of the whole files, recorded for whoever compares copies
     (`sha256sum`): reading checks the parts it uses by their own CRC-32, whatever the files' sizes.
     """
 
@@ -36,15 +37,23 @@ class ShardFile:
     num_samples: int
     index: str
     index_sha256: str
+    items: str | None = None
+    items_sha256: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.file, self.index, *([self.items] if self.items is not None else [])
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitFiles:
-    """The shards of a split; `languages` counts captions, `licences` samples."""
+    """The shards of a split; `languages` counts captions and transcripts, `licences` and
+    `modalities` samples."""
 
     shards: tuple[ShardFile, ...]
     languages: Mapping[str, int] = field(default_factory=dict)
     licences: Mapping[str, int] = field(default_factory=dict)
+    modalities: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_samples(self) -> int:
@@ -116,7 +125,7 @@ def read_manifest(path: Path, *, absolute_files: bool = False) -> Manifest:
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} lacks what a data set needs. Build it again.") from None
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    outside = [s.file for s in shards if not _plain(s.index) or not _plain(s.file)]
+    outside = [s.file for s in shards if not all(map(_plain, s.names))]
     if outside and not absolute_files:
         raise UserError(f"{path} names a file outside its folder: {outside[0]!r}")
     return manifest
@@ -127,6 +136,7 @@ def _split_content(split: SplitFiles) -> dict[str, Any]:
         "num_samples": split.num_samples,
         "languages": dict(sorted(split.languages.items())),
         "licences": dict(sorted(split.licences.items())),
+        "modalities": dict(sorted(split.modalities.items())),
         "shards": [asdict(shard) for shard in split.shards],
     }
 
@@ -137,6 +147,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
             shards=tuple(ShardFile(**shard) for shard in split["shards"]),
             languages=split["languages"],
             licences=split["licences"],
+            modalities=split["modalities"],
         )
         for name, split in content["splits"].items()
     }

@@ -111,7 +111,7 @@ class PositionedSamples(Positioned[Batch]):
         language, caption = self.choose_caption(raw, generator)
         same = pair_id(raw, self.same_field) if self.same_field is not None else NO_ID
         try:
-            picture = decode_rgb(raw.media, min_side=self._min_side)
+            picture = decode_rgb(raw.medium("image"), min_side=self._min_side)
         except ValueError as error:
             raise SampleError(raw.key, str(error)) from None
         image = train_transform(picture, self.size, self.config.augment.image, generator)

@@ -1,61 +1,53 @@
-"""The index of one tar shard: a row per sample with byte offsets, sizes and CRC-32s.
+"""The index of one tar shard: a row per sample with the span of bytes that holds its members.
 
-With it a sample is one positioned read, whatever the shard's size. An index is an `.npy` file for
-whoever wants to look into it; here nothing is parsed. Its header follows from the number of rows
-and the file's size and must be that to the byte; each row ends with a CRC-32 of itself, checked
-when the row is read. So opening and reading are O(1), whatever the number of rows, and a flipped
-bit anywhere is found before what it says is used. The CRCs find damage, not forgery; the manifest's
-SHA-256 stands for the whole file.
+With it a sample is one positioned read, whatever the shard's size and however many members it has:
+they stand one after another, and the tar headers between them say which is which.
+An index is an `.npy` file for whoever wants to look into it; here nothing is parsed. Its header
+follows from the number of rows and the file's size and must be that to the byte; each row ends with
+a CRC-32 of itself, checked when the row is read. So opening and reading are O(1), whatever the
+number of rows, and a flipped bit anywhere is found before what it says is used. The CRCs find
+damage, not forgery; the manifest's SHA-256 stands for the whole file.
 `index_tar` builds the rows of a foreign WebDataset shard: consecutive members that share the name
 up to the first dot are one sample. Members whose name leaves the folder, links, pickles and code
 are ignored and counted, never opened.
-A sample's text is its .json, or its .txt where there is no .json. Where there are both, the .txt
-counts only if the .json holds no caption (img2dataset writes such); its other keys are not read
-then, since a row has room for one of the two. A .json that is no JSON object counts, so that
-reading the sample tells what is wrong with it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import os
 import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from carillon.engine.access import explained
 from carillon.engine.config import UserError
+from carillon.engine.data.samples import modality_of
 from carillon.engine.data.tar_members import TarError, TarMember, iter_members
 
-NO_META, JSON_META, TEXT_META = 0, 1, 2
 MAX_KEY_BYTES = 200
-# Order of preference when a sample has several media members.
-MEDIA_EXTENSIONS = (
-    *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
-    *("flac", "wav", "mp3", "ogg", "opus"),
-    *("mp4", "webm", "mkv"),
-)
-_META_EXTENSIONS = ("json", "txt")
+TEXT_MEMBERS = ("json", "txt")
+_MAX_SPAN_BYTES = 1 << 32
+_CHUNK_BYTES = 1 << 24
 _HEADER_BYTES = 320  # the same for every index: the longest key and number of rows fit
 _CRC_BYTES = 4  # row_crc32, over the bytes of the row before it
-_FIELDS = [("media_offset", "<u8"), ("media_size", "<u4"), ("meta_offset", "<u8")]
-_FIELDS += [("meta_size", "<u4"), ("crc32", "<u4"), ("meta_kind", "|u1"), ("row_crc32", "<u4")]
+_FIELDS = [("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4"), ("row_crc32", "<u4")]
 
 
 class IndexRow(NamedTuple):
-    """Where one sample lies in its shard; the CRC-32 runs over media, then meta."""
+    """Where one sample lies in its shard: from the first header to the last byte of its last
+    member. The CRC-32 is of those bytes."""
 
     key: bytes
-    media_offset: int
-    media_size: int
-    meta_offset: int
-    meta_size: int
+    offset: int
+    size: int
     crc32: int
-    meta_kind: int
 
 
 class IndexedTar(NamedTuple):
@@ -88,7 +80,7 @@ def index_header(key_width: int, num_rows: int) -> bytes:
 
 def _packed(key_width: int) -> struct.Struct:
     """A row but for its own CRC."""
-    return struct.Struct(f"<{key_width}sQIQIIB")
+    return struct.Struct(f"<{key_width}sQII")
 
 
 class IndexReader:
@@ -113,8 +105,7 @@ class IndexReader:
             raise self._refused(f"does not match its checksum at row {number:,}")
         key, *rest = self._packed.unpack_from(data)
         row = IndexRow(key.rstrip(b"\0"), *rest)
-        ends = row.media_offset + row.media_size, row.meta_offset + row.meta_size
-        if max(ends) > self._shard_size_bytes:
+        if row.offset + row.size > self._shard_size_bytes:
             raise self._refused(f"points past the end of its shard at row {number:,}")
         return row
 
@@ -152,17 +143,13 @@ def index_tar(path: Path) -> IndexedTar:
     try:
         with path.open("rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
-            group: dict[str, TarMember] = {}
-            group_key = ""
-            for member in iter_members(file, size_bytes):
-                split = _usable(member, ignored)
-                if split is None:
-                    continue
-                if split[0] != group_key:
-                    rows += _row(file.fileno(), group_key, group, ignored)
-                    group_key, group = split[0], {}
-                group.setdefault(split[1], member)
-            rows += _row(file.fileno(), group_key, group, ignored)
+            usable = (
+                (split[0], member)
+                for member in iter_members(file, size_bytes)
+                if (split := _usable(member, ignored)) is not None
+            )
+            for key, members in groupby(usable, key=itemgetter(0)):
+                rows += _row(file.fileno(), key, [member for _, member in members], ignored)
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except TarError as error:
@@ -172,24 +159,37 @@ def index_tar(path: Path) -> IndexedTar:
     return IndexedTar(rows, ignored, sha256, size_bytes)
 
 
+def members_of(key: str, span: bytes) -> dict[str, bytes]:
+    """The members of a sample in the bytes of its span, by their names after the key.
+
+    Of two with one name the first counts. Raises TarError when the bytes are no part of a tar.
+    """
+    members: dict[str, bytes] = {}
+    for member in iter_members(io.BytesIO(span), len(span), part=True):
+        split = _usable(member, Counter())
+        if split is not None and split[0].removeprefix("./") == key:
+            members.setdefault(split[1], span[member.offset : member.offset + member.size])
+    return members
+
+
 def _usable(member: TarMember, ignored: Counter[str]) -> tuple[str, str] | None:
-    """Split a member's name into key and extension; None, counted, for what is not read."""
+    """Split a member's name into key and member name; None, counted, for what is not read."""
     if member.kind == "directory":
         return None
     if member.kind != "file":
         ignored["link or special file"] += 1
         return None
     folder, _, base = member.name.rpartition("/")
-    stem, _, extension = base.partition(".")
+    stem, _, name = base.partition(".")
     key = f"{folder}/{stem}" if folder else stem
     if not safe_name(member.name) or not stem or len(key.encode()) > MAX_KEY_BYTES:
         ignored["unsafe name"] += 1
         return None
-    extension = extension.lower()
-    if extension not in MEDIA_EXTENSIONS and extension not in _META_EXTENSIONS:
-        ignored[f".{extension[:32]}"] += 1
+    name = name.lower()
+    if name not in TEXT_MEMBERS and modality_of(name) is None:
+        ignored[f".{name[:32]}"] += 1
         return None
-    return key, extension
+    return key, name
 
 
 def safe_name(name: str) -> bool:
@@ -205,38 +205,13 @@ def safe_name(name: str) -> bool:
 
 
 def _row(
-    fd: int, key: str, group: dict[str, TarMember], ignored: Counter[str]
+    fd: int, key: str, members: Sequence[TarMember], ignored: Counter[str]
 ) -> Iterable[IndexRow]:
-    if not group:
-        return []
-    media = next((group[ext] for ext in MEDIA_EXTENSIONS if ext in group), None)
-    if media is None:
-        ignored["sample without media"] += 1
-        return []
-    meta, kind = _meta_of(fd, group)
-    meta_offset, meta_size = (meta.offset, meta.size) if meta else (media.offset, 0)
-    if max(media.size, meta_size) >= 1 << 32:
+    start, end = members[0].start, members[-1].offset + members[-1].size
+    if end - start >= _MAX_SPAN_BYTES:
         ignored["sample above 4 GiB"] += 1
         return []
-    crc = zlib.crc32(os.pread(fd, media.size, media.offset))
-    crc = zlib.crc32(os.pread(fd, meta_size, meta_offset), crc)
-    name = key.removeprefix("./").encode()
-    return [IndexRow(name, media.offset, media.size, meta_offset, meta_size, crc, kind)]
-
-
-def _meta_of(fd: int, group: dict[str, TarMember]) -> tuple[TarMember | None, int]:
-    """The member that is the sample's text by the rule above, and its kind."""
-    described, text = group.get("json"), group.get("txt")
-    if described and not (text and _lacks_captions(fd, described)):
-        return described, JSON_META
-    return text, TEXT_META if text else NO_META
-
-
-def _lacks_captions(fd: int, member: TarMember) -> bool:
-    if member.size >= 1 << 32:
-        return False
-    try:
-        meta = json.loads(os.pread(fd, member.size, member.offset))
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(meta, dict) and not meta.get("captions") and not meta.get("caption")
+    crc = 0
+    for offset in range(start, end, _CHUNK_BYTES):
+        crc = zlib.crc32(os.pread(fd, min(_CHUNK_BYTES, end - offset), offset), crc)
+    return [IndexRow(key.removeprefix("./").encode(), start, end - start, crc)]

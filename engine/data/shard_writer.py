@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -22,6 +23,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from carillon.engine.config import UserError
+from carillon.engine.data.items import item_row, items_bytes, modalities_of
 from carillon.engine.data.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -31,18 +33,16 @@ from carillon.engine.data.manifest import (
     manifest_bytes,
 )
 from carillon.engine.data.publish import check_target, json_of, publish_folder
-from carillon.engine.data.samples import SampleError, clean_captions
-from carillon.engine.data.shard_index import (
-    JSON_META,
-    MAX_KEY_BYTES,
-    MEDIA_EXTENSIONS,
-    IndexRow,
-    index_bytes,
-    safe_name,
-)
+from carillon.engine.data.samples import MODALITIES, SampleError, clean_captions, modality_of
+from carillon.engine.data.shard_index import MAX_KEY_BYTES, IndexRow, index_bytes, safe_name
 from carillon.engine.data.tar_members import BLOCK
 
 DEFAULT_SHARD_BYTES = 256 << 20
+_MEMBER_NAME = re.compile(r"(?:[a-z0-9_-]{1,40}\.){0,2}[a-z0-9]{1,8}")
+_MEMBER_RULE = (
+    "one is named by its suffix, or by a label of a-z, 0-9, - and _, a dot and its suffix, of "
+    + ", ".join(suffix for suffixes in MODALITIES.values() for suffix in suffixes)
+)
 
 
 class _OpenTar:
@@ -51,16 +51,24 @@ class _OpenTar:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[IndexRow] = []
+        self.items: list[dict[str, Any]] = []
         self.size_bytes = 0
         self._file: BinaryIO = path.open("wb", buffering=1 << 20)
         self._sha256 = hashlib.sha256()
 
-    def add(self, key: str, media: bytes, extension: str, meta: bytes) -> None:
-        media_offset = self._member(f"{key}.{extension}", media)
-        meta_offset = self._member(f"{key}.json", meta)
-        crc = zlib.crc32(meta, zlib.crc32(media))
-        row = (key.encode(), media_offset, len(media), meta_offset, len(meta), crc, JSON_META)
-        self.rows.append(IndexRow(*row))
+    def add(self, key: str, members: Mapping[str, bytes], item: dict[str, Any]) -> None:
+        start, crc, size = self.size_bytes, 0, 0
+        for name, data in members.items():
+            header = tarfile.TarInfo(f"{key}.{name}")
+            header.size = len(data)
+            padding = bytes(-size % BLOCK)  # of the member before; the sample's last has its own
+            for part in (padding, header.tobuf(tarfile.GNU_FORMAT), data):
+                self._write(part)
+                crc = zlib.crc32(part, crc)
+                size += len(part)
+        self._write(bytes(-size % BLOCK))
+        self.rows.append(IndexRow(key.encode(), start, size, crc))
+        self.items.append(item)
 
     def finish(self) -> ShardFile:
         self._write(bytes(2 * BLOCK))  # the end mark
@@ -69,6 +77,8 @@ class _OpenTar:
         self._file.close()
         index, content = self.path.with_suffix(".index.npy"), index_bytes(self.rows)
         write_synced(index, content)
+        items, table = self.path.with_suffix(".items.parquet"), items_bytes(self.items)
+        write_synced(items, table)
         return ShardFile(
             file=self.path.name,
             size_bytes=self.size_bytes,
@@ -76,20 +86,14 @@ class _OpenTar:
             num_samples=len(self.rows),
             index=index.name,
             index_sha256=hashlib.sha256(content).hexdigest(),
+            items=items.name,
+            items_sha256=hashlib.sha256(table).hexdigest(),
         )
 
     def abandon(self) -> None:
         # The flush of a full disk fails again; the folder is being removed anyway.
         with contextlib.suppress(OSError):
             self._file.close()
-
-    def _member(self, name: str, data: bytes) -> int:
-        header = tarfile.TarInfo(name)
-        header.size = len(data)
-        self._write(header.tobuf(tarfile.GNU_FORMAT))
-        offset = self.size_bytes
-        self._write(data + bytes(-len(data) % BLOCK))
-        return offset
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
@@ -123,6 +127,7 @@ class ShardWriter:
         self._finished: dict[str, list[ShardFile]] = {}
         self._languages: dict[str, Counter[str]] = {}
         self._licences: dict[str, Counter[str]] = {}
+        self._modalities: dict[str, Counter[str]] = {}
 
     def __enter__(self) -> Self:
         self._check_target()
@@ -138,19 +143,21 @@ class ShardWriter:
     def write(
         self,
         key: str,
-        media: bytes,
-        extension: str,
+        members: Mapping[str, bytes],
         meta: Mapping[str, Any],
         *,
         split: str = "train",
     ) -> None:
         """Append one sample to a split; its captions are cleaned by the rule of samples.py.
 
+        `members` are media by the names they have after the key: `jpg`, or with labels
+        `frames.jpg`, `spoken-es.ogg`. `meta` becomes the JSON after them.
         Raises SampleError when the sample cannot be stored (the set goes on without it), UserError
         for a duplicate key or a failing disk (the set is given up).
         """
-        if extension not in MEDIA_EXTENSIONS:
-            raise SampleError(key, f"extension {extension!r} is none of {MEDIA_EXTENSIONS}")
+        for name in members:
+            if not _MEMBER_NAME.fullmatch(name) or modality_of(name) is None:
+                raise SampleError(key, f"the member {name!r} is no medium; {_MEMBER_RULE}")
         if not safe_name(key) or "." in key or len(key.encode()) > MAX_KEY_BYTES:
             rule = f"printable, at most {MAX_KEY_BYTES} bytes, without dots and leading slashes"
             raise SampleError(key, f"the key must be {rule}")
@@ -160,17 +167,18 @@ class ShardWriter:
             raise UserError(f"the key {key!r} occurs twice. Keys are unique over all splits.")
         stored = dict(meta)
         try:
-            if "captions" in stored:
-                stored["captions"] = clean_captions(stored["captions"])
+            for field in ("captions", "transcripts"):
+                if field in stored:
+                    stored[field] = clean_captions(stored[field], field)
             text = json.dumps(stored, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
             encoded = text.encode()
         except (ValueError, TypeError, RecursionError) as error:
             raise SampleError(key, str(error)) from None
         try:
-            self._append(split, key, media, extension, encoded)
+            self._append(split, key, members, stored, encoded)
         except OSError as error:
             raise self._cannot_write(error) from None
-        self._count(split, stored)
+        self._count(split, members, stored)
         self._keys.add(key)
 
     def attach(self, file: str, data: bytes) -> None:
@@ -196,24 +204,35 @@ class ShardWriter:
                 tar.abandon()
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _append(self, split: str, key: str, media: bytes, extension: str, meta: bytes) -> None:
+    def _append(
+        self,
+        split: str,
+        key: str,
+        members: Mapping[str, bytes],
+        meta: Mapping[str, Any],
+        encoded: bytes,
+    ) -> None:
         tar = self._tars.get(split)
-        if tar is not None and tar.size_bytes + len(media) + len(meta) > self._max_shard_bytes:
+        item = item_row(key, members, meta, len(encoded))
+        if tar is not None and tar.size_bytes + item["size_bytes"] > self._max_shard_bytes:
             self._finish(split)
             tar = None
         if tar is None:
             number = len(self._finished.setdefault(split, []))
             tar = self._tars[split] = _OpenTar(self._folder / f"{split}-{number:06d}.tar")
-        tar.add(key, media, extension, meta)
+        tar.add(key, {**members, "json": encoded}, item)
 
     def _finish(self, split: str) -> None:
         self._finished[split].append(self._tars[split].finish())
         del self._tars[split]
 
-    def _count(self, split: str, meta: Mapping[str, Any]) -> None:
+    def _count(self, split: str, members: Mapping[str, bytes], meta: Mapping[str, Any]) -> None:
         languages = self._languages.setdefault(split, Counter())
-        for language, texts in meta.get("captions", {}).items():
-            languages[language] += len(texts)
+        for field in ("captions", "transcripts"):
+            for language, texts in meta.get(field, {}).items():
+                languages[language] += len(texts)
+        modalities = modalities_of(members, meta)
+        self._modalities.setdefault(split, Counter()).update(modalities)
         licence = str(meta.get("licence") or "unstated")
         self._licences.setdefault(split, Counter())[licence] += 1
 
@@ -227,6 +246,7 @@ class ShardWriter:
                 shards=tuple(shards),
                 languages=self._languages[name],
                 licences=self._licences[name],
+                modalities=self._modalities[name],
             )
             for name, shards in self._finished.items()
         }

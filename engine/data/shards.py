@@ -31,14 +31,13 @@ from carillon.engine.data.manifest import (
     SplitFiles,
     read_manifest,
 )
-from carillon.engine.data.samples import RawSample, SampleError, parse_meta, parse_text_meta
-from carillon.engine.data.shard_index import JSON_META, TEXT_META, IndexReader, IndexRow
+from carillon.engine.data.samples import RawSample, SampleError, parse_meta
+from carillon.engine.data.shard_index import IndexReader, IndexRow, members_of
 from carillon.engine.data.shard_writer import ShardWriter
 
 __all__ = ["Dataset", "RawSample", "SampleError", "ShardWriter", "Split", "open_dataset"]
 
 _MAX_OPEN_SHARDS = 128  # two descriptors each (tar and index): far below the usual 1,024
-_MAX_GAP_BYTES = 8192  # media and meta closer than this are fetched by one read
 
 
 class _OpenShard:
@@ -84,20 +83,18 @@ class Split:
         shard, at = self._row(number, local)
         key = at.key.decode()
         try:
-            media, meta = _read_parts(shard.fd, at)
+            span = os.pread(shard.fd, at.size, at.offset)
         except OSError as error:
             raise self._unreadable(number, error) from None
-        if zlib.crc32(meta, zlib.crc32(media)) != at.crc32:
+        if zlib.crc32(span) != at.crc32:
             file = self._shards[number].file
             raise SampleError(key, f"its bytes in {file} do not match their checksum")
         try:
-            if at.meta_kind == JSON_META:
-                return RawSample(key, media, parse_meta(meta))
-            if at.meta_kind == TEXT_META:
-                return RawSample(key, media, parse_text_meta(meta))
-            return RawSample(key, media, {"captions": {}})
+            members = members_of(key, span)
+            meta = parse_meta(members.pop("json", None), members.pop("txt", None))
         except ValueError as error:
             raise SampleError(key, str(error)) from None
+        return RawSample(key, members, meta)
 
     def _locate(self, row: int) -> tuple[int, int]:
         if not 0 <= row < len(self):
@@ -175,13 +172,3 @@ def _check_size(path: Path, shard: ShardFile) -> None:
             f"the shard {path} is truncated or altered: {size_bytes:,} bytes where dataset.json "
             f"says {shard.size_bytes:,}. Copy or build the set again."
         )
-
-
-def _read_parts(fd: int, row: IndexRow) -> tuple[bytes, bytes]:
-    """Media and meta bytes; one read when they are neighbours, as our shards have them."""
-    gap = row.meta_offset - row.media_offset - row.media_size
-    if 0 <= gap <= _MAX_GAP_BYTES:
-        data = os.pread(fd, row.media_size + gap + row.meta_size, row.media_offset)
-        return data[: row.media_size], data[row.media_size + gap :]
-    media = os.pread(fd, row.media_size, row.media_offset)
-    return media, os.pread(fd, row.meta_size, row.meta_offset)

@@ -26,23 +26,26 @@ class TarError(ValueError):
 
 
 class TarMember(NamedTuple):
-    """`kind` is file, directory, link or other; `offset` is where its bytes start."""
+    """`kind` is file, directory, link or other; `offset` is where its bytes start, `start` where
+    its first header does."""
 
     name: str
     kind: str
     offset: int
     size: int
+    start: int
 
 
-def iter_members(file: BinaryIO, size_bytes: int) -> Iterator[TarMember]:
-    """Walk the members of an uncompressed tar of `size_bytes`.
+def iter_members(file: BinaryIO, size_bytes: int, *, part: bool = False) -> Iterator[TarMember]:
+    """Walk the members of an uncompressed tar of `size_bytes`; of a `part` of one, from a header to
+    the last byte of a member, there is no end mark.
 
     Raises TarError at a truncated or damaged place.
     """
-    position = 0
+    position = start = 0
     name: str | None = None
     size: int | None = None
-    while True:
+    while not part or position < size_bytes:
         block = _read(file, position, BLOCK, size_bytes)
         if not block.strip(b"\0"):
             _check_end(file, position)
@@ -63,8 +66,10 @@ def iter_members(file: BinaryIO, size_bytes: int) -> Iterator[TarMember]:
             elif kind_flag == b"x":
                 name, size = _parse_pax(body, name, offset)
             continue
-        yield TarMember(name or header_name, _KINDS.get(kind_flag, "other"), offset, member_size)
+        kind = _KINDS.get(kind_flag, "other")
+        yield TarMember(name or header_name, kind, offset, member_size, start)
         name = size = None
+        start = position
 
 
 def _read(file: BinaryIO, position: int, size: int, size_bytes: int) -> bytes:

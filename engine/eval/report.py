@@ -151,5 +151,5 @@ def _row(encoded: EncodedSet, task: LanguageTask, number: int, language: str) ->
 
 
 def _pixels(encoded: EncodedSet, item: int) -> np.ndarray:
-    media = encoded.chosen.split.read(encoded.chosen.items[item].row).media
+    media = encoded.chosen.split.read(encoded.chosen.items[item].row).medium("image")
     return decode_image(media, min_side=256)

@@ -98,7 +98,7 @@ class Encoder:
     def _load(self, split: Split, row: int) -> _Picture | tuple[str, str]:
         try:
             sample = split.read(row)
-            pixels = decode_image(sample.media, min_side=self._size)
+            pixels = decode_image(sample.medium("image"), min_side=self._size)
             return _Picture(row, sample.key, sample.meta, eval_transform(pixels, self._size))
         except SampleError as error:
             return error.key, error.reason

@@ -210,7 +210,7 @@ def _draw(path: Path, query: "str | np.ndarray", hits: list[Hit], split: Split) 
     found = []
     for h in hits:
         try:
-            pixels = decode_image(split.read(h.row).media, min_side=256)
+            pixels = decode_image(split.read(h.row).medium("image"), min_side=256)
         except ValueError:  # SampleError among them: the list says so
             continue
         found.append(Found(pixels, h.score, h.caption, None))

@@ -49,9 +49,9 @@ def write_colours(out: Path) -> Path:
             captions = {"en": [name], "fr": [french], "ar": [arabic]}
             meta = {"captions": captions, "label": name, "concept": name}
             for i in range(2):
-                writer.write(f"{name}{i}", png(colour, 16 + 8 * i), "png", meta)
+                writer.write(f"{name}{i}", {"png": png(colour, 16 + 8 * i)}, meta)
             both = meta | {"captions": {"en": [name, f"a {name} square"], "fr": [french]}}
-            writer.write(f"{name}-shade", png(colour, 20), "png", both, split="shades")
+            writer.write(f"{name}-shade", {"png": png(colour, 20)}, both, split="shades")
     return out
 
 

@@ -42,5 +42,5 @@ def write_set(out: Path, config: RunConfig) -> Path:
                 Image.new("RGB", (40, 36), tuple(colour)).save(buffer, "PNG")
                 captions = {code: [f"{code} colour {colour}"] for code in languages}
                 meta = {"captions": captions, "concept": f"colour {i}"}
-                writer.write(f"{split}-{i}", buffer.getvalue(), "png", meta, split=split)
+                writer.write(f"{split}-{i}", {"png": buffer.getvalue()}, meta, split=split)
     return out

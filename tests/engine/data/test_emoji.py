@@ -159,15 +159,15 @@ def test_pictures_are_joined_with_names_and_split(tmp_path: Path) -> None:
 
 def test_pictures_are_on_white_at_the_size_asked_for(tmp_path: Path) -> None:
     samples = samples_of(build(tmp_path))
-    red = decode_image(samples["noto-2764"][1].media)
+    red = decode_image(samples["noto-2764"][1].medium("image"))
     assert red.shape == (32, 32, 3)
     assert tuple(red[0, 0]) == (255, 255, 255)
     assert tuple(red[16, 16]) == (255, 0, 0)
-    wide = decode_image(samples["joined-1f44d"][1].media)  # 2:1, so white above and below
+    wide = decode_image(samples["joined-1f44d"][1].medium("image"))  # 2:1, so white above and below
     assert wide.shape == (32, 32, 3)
     assert tuple(wide[4, 16]) == (255, 255, 255)
     assert tuple(wide[16, 16]) == (0, 0, 255)
-    transparent = decode_image(samples["raster-2764"][1].media)
+    transparent = decode_image(samples["raster-2764"][1].medium("image"))
     assert transparent.shape == (32, 32, 3)
     assert transparent.min() == 255
 
@@ -190,7 +190,7 @@ def test_a_finished_set_is_reused_and_another_is_not_overwritten(tmp_path: Path)
     with pytest.raises(UserError, match="built with other settings"):
         build(tmp_path, size=48)
     replaced = build(tmp_path, size=48, overwrite=True)
-    picture = samples_of(replaced)["noto-2764"][1].media
+    picture = samples_of(replaced)["noto-2764"][1].medium("image")
     assert decode_image(picture).shape == (48, 48, 3)
 
 

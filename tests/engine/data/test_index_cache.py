@@ -82,7 +82,7 @@ def test_webdataset_conventions(tmp_path: Path) -> None:
     split = open_dataset(plain_tar(tmp_path / "p" / "x.tar", members)).splits["all"]
     samples = [split.read(row) for row in range(len(split))]
     assert [sample.key for sample in samples] == ["d/a", "b", "c"]
-    assert samples[0].media == b"upper"
+    assert samples[0].medium("image") == b"upper"
     assert samples[0].meta["captions"] == {"und": ["one text"]}
     assert samples[1].meta == {"captions": {"und": ["ein Text"]}}
     assert samples[2].meta == {"captions": {}}
@@ -229,5 +229,5 @@ def test_real_webdataset_shards_open(real_data: Callable[[str], Path]) -> None:
     assert len(split) == 6473
     sample = split.read(0)
     assert sample.key == "2862509442_4f5dc96dca"
-    assert len(sample.media) == 5523
+    assert len(sample.medium("image")) == 5523
     assert sorted(sample.meta["captions"]) == ["ar", "cs", "de", "en", "fr"]

@@ -64,7 +64,7 @@ def test_a_folder_with_texts_and_jsons(tmp_path: Path) -> None:
     found = by_source(dataset)
     assert set(found) == {"photos/a.png", "photos/deep/b.v2.JPG"}
     first, second = found["photos/a.png"], found["photos/deep/b.v2.JPG"]
-    assert first.media == bytes_of_a
+    assert first.medium("image") == bytes_of_a
     assert first.meta["captions"] == {"en": ["a dog", "another line"]}
     assert first.meta["licence"] == "MIT"
     assert second.meta["captions"] == {"de": ["ein Hund"]}
@@ -119,7 +119,7 @@ def test_jsonl_and_parquet_together(tmp_path: Path) -> None:
     found = by_source(dataset)
     assert found["p.jsonl/a.png"].meta["captions"] == {"en": ["x", "y", "z"], "cs": ["pes"]}
     assert found["p.jsonl/a.png"].meta["score"] == 0.5
-    assert found["q.parquet/inside.png"].media == data
+    assert found["q.parquet/inside.png"].medium("image") == data
     assert found["q.parquet/a.png"].meta["captions"] == {"en": ["from a path"]}
     assert num_rejected == 1
     assert rejected(dataset)["row 3"].startswith("no JSON")
@@ -161,14 +161,14 @@ def test_large_pictures_shrink_only_when_asked(tmp_path: Path) -> None:
     small = picture(root / "small.png", size=(50, 60))
     (root / "small.txt").write_text("small")
     kept, _ = ingest([str(root)], tmp_path / "kept")
-    assert by_source(kept)["p/big.png"].media == original
+    assert by_source(kept)["p/big.png"].medium("image") == original
     shrunk, _ = ingest([str(root)], tmp_path / "shrunk", options=IngestOptions(max_size=100))
     found = by_source(shrunk)
-    pixels = decode_image(found["p/big.png"].media)
+    pixels = decode_image(found["p/big.png"].medium("image"))
     assert pixels.shape == (25, 100, 3)
     # A flat colour survives resizing and JPEG within a few levels.
     assert np.abs(pixels.astype(int) - (10, 200, 30)).max() <= 3
-    assert found["p/small.png"].media == small
+    assert found["p/small.png"].medium("image") == small
 
 
 def hostile_folder(root: Path) -> None:

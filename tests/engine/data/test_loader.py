@@ -35,7 +35,7 @@ def write_set(path: Path, num: int = 37, bad: set[int] = frozenset()) -> Path:  
             media = b"not a picture" if i in bad else png(i)
             captions = {"en": [f"dog {i}", f"cat {i}"], "fr": [f"chien {i}"]}
             meta = {"captions": captions} | ({} if i % 5 == 0 else {"kind": i % 5})
-            writer.write(f"key{i:03d}", media, "png", meta)
+            writer.write(f"key{i:03d}", {"png": media}, meta)
     return path
 
 
@@ -155,7 +155,7 @@ def write_mixed(path: Path, num: int, languages: Callable[[int], list[str]]) -> 
         for i in range(num):
             captions = {code: [f"dog {i}"] for code in languages(i)}
             meta = {"captions": captions} if captions else {}
-            writer.write(f"key{i:03d}", png(i % 256), "png", meta)
+            writer.write(f"key{i:03d}", {"png": png(i % 256)}, meta)
     return path
 
 
@@ -300,7 +300,7 @@ def test_bad_settings_are_refused(values: dict[str, Any], message: str) -> None:
 def test_a_split_must_be_named_where_it_is_not_clear(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "set", name="set", source={}) as writer:
         for split in ("one", "two"):
-            writer.write(split, png(1), "png", {"captions": {"en": ["x"]}}, split=split)
+            writer.write(split, {"png": png(1)}, {"captions": {"en": ["x"]}}, split=split)
     assert set(open_dataset(tmp_path / "set").splits) == {"one", "two"}
     with pytest.raises(UserError, match=r"name one of the set's splits: one, two"):
         open_split(build(DataConfig, {"path": str(tmp_path / "set")}))

@@ -25,7 +25,7 @@ def rows_of(path: Path, num: int = 30, **changes: Any) -> PackedCaptions:
         with ShardWriter(path, name="set", source={}) as writer:
             for i in range(num):
                 captions = {"en": [f"dog {i}", f"red cat {i}"], "fr": [f"chien {i}"]}
-                writer.write(f"key{i:03d}", b"any", "png", {"captions": captions})
+                writer.write(f"key{i:03d}", {"png": b"any"}, {"captions": captions})
     values = {"path": str(path), "batch_size": 4, "num_workers": 0, "documents_per_row": 3}
     config = build(DataConfig, values | changes)
     return PackedCaptions(open_split(config), config, TOKENIZER, context=24, seed=5)
@@ -105,7 +105,7 @@ def test_rows_without_a_caption_are_bad_or_filtered(tmp_path: Path) -> None:
     with ShardWriter(path, name="set", source={}) as writer:
         for i in range(12):
             captions = {"de": ["hund"]} if i == 1 else {"en": [f"dog {i}"]}
-            writer.write(f"key{i:03d}", b"any", "png", {"captions": captions} if i else {})
+            writer.write(f"key{i:03d}", {"png": b"any"}, {"captions": captions} if i else {})
     samples = rows_of(path, filters={"lang_allow": ["en", "fr"]})
     batch = samples.batch(range(samples.num_per_epoch))
     assert [key for key, _ in batch.bad] == ["key000"]

@@ -36,7 +36,7 @@ def test_a_field_must_be_there(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "set", name="set", source={}) as writer:
         for i in range(300):
             meta = {"captions": {"en": ["a"]}, "label": i} | ({"rare": 1} if i == 150 else {})
-            writer.write(f"{i:03d}", b"x", "png", meta)
+            writer.write(f"{i:03d}", {"png": b"x"}, meta)
     (split,) = open_dataset(tmp_path / "set").splits.values()
     check_field(split, "label")
     check_field(split, "rare")  # the samples that are read are spread evenly

@@ -16,7 +16,7 @@ from carillon.engine.data.shard_writer import ShardWriter
 
 def overwrite(out: Path) -> None:
     with ShardWriter(out, name="x", source={}, overwrite=True) as writer:
-        writer.write("only", b"1", "png", {})
+        writer.write("only", {"png": b"1"}, {})
 
 
 def snapshot(root: Path) -> dict[str, bytes | None]:
@@ -73,7 +73,7 @@ def test_the_current_folder_and_those_around_it_stay(
 def test_what_appears_during_the_work_stays(tmp_path: Path) -> None:
     def write() -> None:
         with ShardWriter(tmp_path / "set", name="x", source={}) as writer:
-            writer.write("only", b"1", "png", {})
+            writer.write("only", {"png": b"1"}, {})
             (tmp_path / "set").mkdir()
             (tmp_path / "set" / "mine").write_text("kept")
 

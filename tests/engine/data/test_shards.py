@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from carillon.engine.config import UserError
+from carillon.engine.data.items import item_row, read_items
 from carillon.engine.data.manifest import _checksum
 from carillon.engine.data.shard_index import index_header
 from carillon.engine.data.shards import (
@@ -39,8 +40,8 @@ def build(out: Path, num_samples: int = 20, *, max_shard_bytes: int = 1 << 20) -
     with ShardWriter(out, name="tiny", source={"by": "test"}, max_shard_bytes=max_shard_bytes) as w:
         for number in range(num_samples):
             meta = {"captions": {"en": [f"number {number}"]}, "licence": "CC0-1.0", "n": number}
-            w.write(f"k{number:04d}", media_of(number), "png", meta)
-        w.write("held", b"out", "png", {"captions": {"fr": ["dehors", "loin"]}}, split="heldout")
+            w.write(f"k{number:04d}", {"png": media_of(number)}, meta)
+        w.write("held", {"png": b"out"}, {"captions": {"fr": ["dehors", "loin"]}}, split="heldout")
     return open_dataset(out)
 
 
@@ -60,7 +61,7 @@ def test_a_written_set_reads_back_over_several_shards(tmp_path: Path) -> None:
     for row in (0, 57, 199, 3):
         sample = train.read(row)
         assert sample.key == train.key(row) == f"k{row:04d}"
-        assert sample.media == media_of(row)
+        assert sample.medium("image") == media_of(row)
         assert sample.meta["n"] == row
         assert sample.meta["captions"] == {"en": [f"number {row}"]}
     assert dataset.splits["heldout"].read(0).meta["captions"] == {"fr": ["dehors", "loin"]}
@@ -202,7 +203,7 @@ def test_nothing_grows_with_the_rows_of_an_index(tmp_path: Path) -> None:
     splits["train"]["shards"][0]["num_samples"] = num_rows
     resign(path, {"splits": splits})
     train = open_dataset(tmp_path / "set").splits["train"]
-    assert train.read(num_rows - 1).media == media_of(0)
+    assert train.read(num_rows - 1).medium("image") == media_of(0)
     with pytest.raises(UserError, match="does not match its checksum at row 123,456,789"):
         train.read(123_456_789)
 
@@ -211,7 +212,12 @@ def test_numpy_reads_an_index(tmp_path: Path) -> None:
     build(tmp_path / "set", 200)
     rows = np.load(tmp_path / "set" / "train-000000.index.npy", allow_pickle=False)
     assert rows["key"].tolist() == [f"k{number:04d}".encode() for number in range(200)]
-    assert rows["media_size"].tolist() == [len(media_of(number)) for number in range(200)]
+    tar = (tmp_path / "set" / "train-000000.tar").read_bytes()
+    for row in rows[:3]:
+        span = tar[row["offset"] : row["offset"] + row["size"]]
+        assert span.startswith(row["key"] + b".png\0")
+        assert span.endswith(b"}")
+        assert row["crc32"] == zlib.crc32(span)
     for row in rows[:3]:
         data = row.tobytes()
         assert row["row_crc32"] == zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
@@ -254,7 +260,7 @@ def test_a_pickled_index_is_never_unpickled(
     assert not (tmp_path / "unpickled").exists()
 
 
-@pytest.mark.parametrize("field", ["media_size", "media_offset", "meta_size", "meta_offset"])
+@pytest.mark.parametrize("field", ["offset", "size"])
 def test_a_row_that_points_outside_its_shard_is_refused(tmp_path: Path, field: str) -> None:
     split = build(tmp_path / "set").splits["train"]
     index = tmp_path / "set" / "train-000000.index.npy"
@@ -283,7 +289,7 @@ def test_a_set_of_the_old_format_is_refused_with_what_to_do(tmp_path: Path) -> N
     build(tmp_path / "set")
     resign(tmp_path / "set" / "dataset.json", {"version": 1})
     message = (
-        r"carillon-shards version 1; this version reads .* version 2\. Build the set again, by"
+        r"carillon-shards version 1; this version reads .* version 3\. Build the set again, by"
     )
     with pytest.raises(UserError, match=message):
         open_dataset(tmp_path / "set")
@@ -303,17 +309,17 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None
 @pytest.mark.parametrize("key", ["../x", "/x", "a/../b", "a.b", "", "a\0b", "a\\b", "k" * 201])
 def test_the_writer_refuses_unsafe_keys(tmp_path: Path, key: str) -> None:
     with ShardWriter(tmp_path / "set", name="tiny", source={}) as writer:
-        writer.write("good", b"1", "png", {})
+        writer.write("good", {"png": b"1"}, {})
         with pytest.raises(SampleError, match="key must be"):
-            writer.write(key, b"1", "png", {})
+            writer.write(key, {"png": b"1"}, {})
     assert len(open_dataset(tmp_path / "set").splits["train"]) == 1
 
 
 def test_the_writer_refuses_duplicates_and_leaves_nothing(tmp_path: Path) -> None:
     def write() -> None:
         with ShardWriter(tmp_path / "set", name="tiny", source={}) as writer:
-            writer.write("twice", b"1", "png", {})
-            writer.write("twice", b"2", "png", {}, split="validation")
+            writer.write("twice", {"png": b"1"}, {})
+            writer.write("twice", {"png": b"2"}, {}, split="validation")
 
     with pytest.raises(UserError, match="'twice' occurs twice"):
         write()
@@ -329,7 +335,7 @@ def test_overwriting_replaces_only_when_asked(tmp_path: Path) -> None:
         pass
     assert len(open_dataset(tmp_path / "set").splits["train"]) == 3
     with ShardWriter(tmp_path / "set", name="x", source={}, overwrite=True) as writer:
-        writer.write("only", b"1", "png", {})
+        writer.write("only", {"png": b"1"}, {})
     assert len(open_dataset(tmp_path / "set").splits["train"]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
@@ -338,7 +344,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:
     def write() -> None:
         with ShardWriter(tmp_path / "set", name="x", source={}) as writer:
             for number in range(40):
-                writer.write(f"k{number}", bytes(100_000), "png", {})
+                writer.write(f"k{number}", {"png": bytes(100_000)}, {})
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
@@ -358,7 +364,7 @@ def test_a_failing_sync_is_one_message_and_leaves_nothing(
 
     def write() -> None:
         with ShardWriter(tmp_path / "set", name="x", source={}) as writer:
-            writer.write("k", b"1", "png", {})
+            writer.write("k", {"png": b"1"}, {})
             monkeypatch.setattr(os, "fsync", full)
 
     with pytest.raises(UserError, match=r"No space left on device\. Nothing was left behind"):
@@ -372,3 +378,81 @@ def test_a_folder_that_cannot_be_written_is_one_message() -> None:
         ShardWriter(Path("/proc/carillon/set"), name="x", source={}),
     ):
         pass
+
+
+def test_a_sample_may_hold_several_media_or_none(tmp_path: Path) -> None:
+    members = {"frames.jpg": b"strip", "mp4": b"v" * 700, "spoken-de.ogg": b"de", "flac": b"sound"}
+    meta = {
+        "captions": {"en": ["a bell"]},
+        "transcripts": {"de": ["eine <b>Glocke</b>"]},
+        "licence": "CC0-1.0",
+        "licence_source": "README",
+        "media": {"mp4": {"width": 64, "height": 48, "duration_s": 1.5}},
+    }
+    with ShardWriter(tmp_path / "set", name="tiny", source={}) as writer:
+        writer.write("first", members, meta)
+        writer.write("text", {}, {"captions": {"en": ["no picture"]}})
+        writer.write("last", {"png": b""}, {})
+    dataset = open_dataset(tmp_path / "set")
+    split = dataset.splits["train"]
+    first, text, last = (split.read(row) for row in range(3))
+    assert first.members == members
+    assert first.medium("video") == b"v" * 700
+    assert first.medium("audio") == b"sound"  # that without a label, whatever the order
+    assert first.medium("image") == b"strip"  # none without a label
+    assert first.meta["transcripts"] == {"de": ["eine Glocke"]}
+    assert text.members == {}
+    assert text.meta["captions"] == {"en": ["no picture"]}
+    with pytest.raises(SampleError, match="'text': it has no image; it holds text alone"):
+        text.medium("image")
+    with pytest.raises(SampleError, match="it has no audio; it holds png"):
+        last.medium("audio")
+    assert last.medium("image") == b""
+    files = dataset.manifest.splits["train"]
+    assert files.modalities == {"image": 2, "audio": 1, "video": 1, "text": 2}
+    assert files.languages == {"en": 2, "de": 1}
+    with tarfile.open(tmp_path / "set" / files.shards[0].file) as tar:
+        assert tar.getnames()[:5] == [f"first.{name}" for name in (*members, "json")]
+
+
+def test_the_items_of_a_shard_say_what_it_holds(tmp_path: Path) -> None:
+    dataset = build(tmp_path / "set")
+    shard = dataset.manifest.splits["train"].shards[0]
+    assert shard.items is not None
+    path = tmp_path / "set" / shard.items
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == shard.items_sha256
+    items = read_items(path).to_pylist()
+    assert [item["key"] for item in items] == [f"k{number:04d}" for number in range(20)]
+    assert items[3]["sha256"] == hashlib.sha256(media_of(3)).hexdigest()
+    assert items[3]["modalities"] == ["image", "text"]
+    assert items[3]["languages"] == ["en"]
+    assert items[3]["licence"] == "CC0-1.0"
+    assert items[3]["width"] is None
+    path.write_bytes(b"PAR1 no table")
+    with pytest.raises(UserError, match=r"items .*train-000000\.items\.parquet cannot be read"):
+        read_items(path)
+
+
+def test_facts_of_the_main_medium_are_items(tmp_path: Path) -> None:
+    facts = {
+        "mp4": {"width": 64, "height": 48, "duration_s": 1.5},
+        "a.jpg": {"width": 9, "height": 8},
+        "ogg": {"duration_s": 3},
+    }
+    rows = [
+        item_row("k", dict.fromkeys(members, b""), {"media": facts}, 0)
+        for members in (["mp4", "ogg"], ["a.jpg", "ogg"], ["ogg"], [])
+    ]
+    found = [(row["width"], row["height"], row["duration_s"]) for row in rows]
+    assert found == [(64, 48, 1.5), (9, 8, 3.0), (None, None, 3.0), (None, None, None)]
+    odd = {"media": {"ogg": {"duration_s": "long"}, "jpg": {"width": -1, "height": 1e99}}}
+    row = item_row("k", {"ogg": b"", "jpg": b""}, odd, 0)
+    assert (row["width"], row["height"], row["duration_s"]) == (None, None, None)
+
+
+@pytest.mark.parametrize("name", ["", "exe", "json", "txt", "a/b.jpg", "../x.jpg", "A.jpg", ".jpg"])
+def test_the_writer_refuses_members_that_are_no_media(tmp_path: Path, name: str) -> None:
+    with ShardWriter(tmp_path / "set", name="tiny", source={}) as writer:
+        writer.write("good", {"png": b"1"}, {})
+        with pytest.raises(SampleError, match=r"is no medium; .* jpg, jpeg, png"):
+            writer.write("bad", {name: b"1"}, {})

@@ -21,7 +21,8 @@ def test_agrees_with_tarfile(form: int) -> None:
     names = ["a.jpg", "d/" * 60 + "b.jpg", "é漢.json" if form != tarfile.USTAR_FORMAT else "c.json"]
     data = archive(form, names)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        expected = [(m.name, "file", m.offset_data, m.size) for m in tar.getmembers()]
+        members = tar.getmembers()
+    expected = [(m.name, "file", m.offset_data, m.size, m.offset) for m in members]
     assert [tuple(m) for m in iter_members(io.BytesIO(data), len(data))] == expected
 
 

@@ -98,7 +98,7 @@ def test_bad_files_are_refused(tmp_path: Path, content: str | None, message: str
 def test_the_command_trains_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with ShardWriter(tmp_path / "set", name="set", source={}) as writer:
         for i, caption in enumerate(CAPTIONS):
-            writer.write(f"k{i}", b"not read", "png", {"captions": {"xx": [caption]}})
+            writer.write(f"k{i}", {"png": b"not read"}, {"captions": {"xx": [caption]}})
     out = tmp_path / "tokenizer.json"
     train = ["tokenizer", "train", str(tmp_path / "set"), "--vocab-size", "600", "--out", str(out)]
     assert main(train) == 0
@@ -129,7 +129,7 @@ def test_a_folder_is_made_for_out_and_one_in_its_place_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with ShardWriter(tmp_path / "set", name="set", source={}) as writer:
-        writer.write("k", b"not read", "png", {"captions": {"en": ["a dog"]}})
+        writer.write("k", {"png": b"not read"}, {"captions": {"en": ["a dog"]}})
     train = ["tokenizer", "train", str(tmp_path / "set"), "--vocab-size", "300", "--out"]
     out = tmp_path / "new" / "deep" / "tokenizer.json"
     assert main([*train, str(out)]) == 0

@@ -54,7 +54,7 @@ def _set(out: Path, metas: list[dict[str, object]], broken: tuple[int, ...] = ()
     with ShardWriter(out, name="made", source={}) as writer:
         for i, meta in enumerate(metas):
             media = b"no picture" if i in broken else _png(i)
-            writer.write(f"item{i:03d}", media, "png", meta, split="all")
+            writer.write(f"item{i:03d}", {"png": media}, meta, split="all")
     return out
 
 

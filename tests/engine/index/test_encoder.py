@@ -21,7 +21,7 @@ def test_pictures_come_in_the_order_asked_for(run: LoadedRun) -> None:
     vectors = torch.cat([batch.vectors for batch in batches])
     single = Encoder(run.model, run.tokenizer)
     for row, vector in zip(rows, vectors, strict=True):
-        alone = single.picture(decode_image(split.read(row).media))
+        alone = single.picture(decode_image(split.read(row).medium("image")))
         torch.testing.assert_close(vector, alone, rtol=0, atol=BATCH_NOISE)
 
 

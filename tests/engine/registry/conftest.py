@@ -14,8 +14,8 @@ def dataset(tmp_path: Path) -> Dataset:
     with ShardWriter(tmp_path / "set", name="tiny", source={"from": "a test"}) as writer:
         for i in range(5):
             captions = {"en": [f"text {i}"], "fr": [f"texte {i}"]}
-            writer.write(f"key{i}", b"x" * (i + 1), "jpg", {"captions": captions})
-        writer.write("key5", b"six", "jpg", {"captions": {"de": ["sechs"]}}, split="held_out")
+            writer.write(f"key{i}", {"jpg": b"x" * (i + 1)}, {"captions": captions})
+        writer.write("key5", {"jpg": b"six"}, {"captions": {"de": ["sechs"]}}, split="held_out")
     return open_dataset(tmp_path / "set")
 
 

@@ -59,7 +59,7 @@ def write_pictures(
             captions["de"] = [f"ein {words}"]
             media = media[: len(media) // 2] if i in bad else media
             meta = {"captions": captions, "word": WORDS[i % 12]}
-            writer.write(f"picture{i:03d}", media, "jpg", meta)
+            writer.write(f"picture{i:03d}", {"jpg": media}, meta)
     return out
 
 
