@@ -76,9 +76,11 @@ class DataConfig:
     """`data`: what is read and how it becomes batches."""
 
     path: str | None = setting(
-        None, "A data set folder, or a folder or pattern of WebDataset tars."
+        None, "A data set folder, or a folder or pattern of WebDataset tars; a path or a URL."
     )
-    shards: tuple[str, ...] = setting((), "Instead of path: tar files or brace patterns.")
+    shards: tuple[str, ...] = setting(
+        (), "Instead of path: tar files or brace patterns; paths or URLs."
+    )
     split: str | None = setting(None, "Split to train on; none: `train`, or the set's only split.")
     validation_every: int = setting(
         0, "Hold out every n-th row for validation; 0 holds out none.", min=0, max=1_000_000_000
@@ -140,13 +142,6 @@ class DataConfig:
                 f"language_weights: {', '.join(unused)} given, but filters.lang_allow has only "
                 f"{', '.join(allowed)}; add to that list or drop the weight"
             )
-        given, how = ("shards", "[FOLDER]") if self.shards else ("path", "FOLDER")
-        for source in self.sources():
-            if "://" in source:
-                yield (
-                    f"{given}: {source} is remote; object stores come with the data plane. "
-                    f"Copy the shards to a local folder and set data.{given}={how}"
-                )
 
     def sources(self) -> tuple[str, ...]:
         return self.shards or ((self.path,) if self.path is not None else ())

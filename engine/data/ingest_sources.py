@@ -20,9 +20,9 @@ from typing import Any
 
 from carillon.engine.access import explained
 from carillon.engine.config import UserError
-from carillon.engine.data.index_cache import is_remote, refuse_remote
 from carillon.engine.data.ingest_tables import TABLE_READERS, Row, RowReader
 from carillon.engine.data.samples import UNKNOWN_LANGUAGE, parse_meta
+from carillon.engine.data.store import is_remote
 
 PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"))
 _IMAGE_NAMES = (
@@ -75,7 +75,8 @@ def read_source(
 
     Raises UserError when the source as a whole cannot be read.
     """
-    refuse_remote(given)
+    if is_remote(given):
+        raise UserError(f"{given} is remote")
     path = Path(given)
     if path.is_dir():
         return _read_folder(path, columns.default_language, allow_outside)

@@ -104,7 +104,7 @@ def describe_run(config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) -> d
         "seed": config.experiment.seed,
         "data_name": dataset.name,
         "data_fingerprint": dataset.fingerprint,
-        "data_path": str(dataset.path),
+        "data_path": dataset.place,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "git_commit": git_commit(),
         "python": platform.python_version(),

@@ -1,6 +1,8 @@
-"""A web server on this machine, whose paths answer as a test says: with bytes, or with anything."""
+"""Servers on this machine: a web server whose paths answer as a test says, with bytes or with
+anything; and an S3 that keeps buckets in memory. And a cache of each test's own."""
 
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -76,6 +78,49 @@ class Web(ThreadingHTTPServer):
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that goes away is no error."""
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indexes and blocks go to a folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of a store with the empty bucket `bucket`, which s3:// leads to."""
+    import boto3
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": _s3_server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    urllib.request.urlopen(f"{_s3_server}/moto-api/reset", data=b"").close()
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+    forget_stores()
+    return client
+
+
+def forget_stores() -> None:
+    """A store keeps the settings that it was made with."""
+    from carillon.engine.data import store
+
+    store._object_store.cache_clear()
 
 
 @pytest.fixture
