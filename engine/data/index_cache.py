@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -69,7 +68,7 @@ def expand_sources(path: str | Path | Sequence[str]) -> list[Tar]:
 def holds_manifest(folder: str) -> bool:
     """Whether a folder, by path or URL, is a data set. Raises UserError when a store fails."""
     if not is_remote(folder):
-        return os.path.isfile(join(folder, MANIFEST_NAME))
+        return Path(folder, MANIFEST_NAME).is_file()
     if folder.endswith(".tar") or _BRACES.search(folder):
         return False
     try:

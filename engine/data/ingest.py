@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -471,6 +472,7 @@ def _progress(work: Work) -> Progress:
         TextColumn("items, {task.fields[rejected]:,} rejected"),
         TimeElapsedColumn(),
         console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
     )
     begun = f"going on after {work.num_resumed:,}" if work.num_resumed else "reading"
     progress.add_task(begun, total=None, completed=work.num_done, rejected=work.num_rejected)
