@@ -123,13 +123,6 @@ class JoinConfig(SetConfig):
 def _source_problems(path: str | None, shards: tuple[str, ...]) -> Iterator[str]:
     if (path is None) == (not shards):
         yield "path: give either path or shards (a folder, or a list of tars)"
-    given, how = ("shards", "[FOLDER]") if shards else ("path", "FOLDER")
-    for source in shards or ((path,) if path is not None else ()):
-        if "://" in source:
-            yield (
-                f"{given}: {source} is remote; object stores come with the data plane. "
-                f"Copy the shards to a local folder and set data.{given}={how}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
