@@ -48,6 +48,8 @@ _MAX_ADDRESSES = 4
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be others a little later
 
+_CONTEXT_LOCK = threading.Lock()
+
 Kind = Literal["refused", "unreachable", "slow", "too large", "broken", "status", "type"]
 
 
@@ -264,7 +266,7 @@ class Fetcher:
         failure: OSError = OSError("no address")
         for address in addresses[:_MAX_ADDRESSES]:
             try:
-                return PinnedConnection(target, address, budget, _context())
+                return PinnedConnection(target, address, budget, _context)
             except OutOfTime as error:
                 failure = error
             except ssl.SSLError:
@@ -280,8 +282,14 @@ class _Unreachable(Exception):
         super().__init__(f"no connection to {host}: {reason}")
 
 
-@cache
 def _context() -> ssl.SSLContext:
+    """The one that verifies certificates; reading the authorities takes a quarter of a second."""
+    with _CONTEXT_LOCK:
+        return _made_context()
+
+
+@cache
+def _made_context() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 

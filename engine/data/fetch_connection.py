@@ -14,6 +14,7 @@ import io
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from typing import Any
 
 from carillon.engine.data.fetch_address import Address, Target
@@ -59,7 +60,11 @@ class PinnedConnection(http.client.HTTPConnection):
     """
 
     def __init__(
-        self, target: Target, address: Address, budget: Budget, context: ssl.SSLContext
+        self,
+        target: Target,
+        address: Address,
+        budget: Budget,
+        context: Callable[[], ssl.SSLContext],
     ) -> None:
         super().__init__(target.host, target.port)
         self.default_port = 443 if target.scheme == "https" else 80  # not named in the Host header
@@ -72,7 +77,7 @@ class PinnedConnection(http.client.HTTPConnection):
 
 
 def _connect(
-    target: Target, address: Address, budget: Budget, context: ssl.SSLContext
+    target: Target, address: Address, budget: Budget, context: Callable[[], ssl.SSLContext]
 ) -> socket.socket:
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     raw = socket.socket(family, socket.SOCK_STREAM)
@@ -82,7 +87,7 @@ def _connect(
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if target.scheme == "https":
             raw.settimeout(budget.time_left_s())
-            return context.wrap_socket(raw, server_hostname=target.host)
+            return context().wrap_socket(raw, server_hostname=target.host)
     except TimeoutError:
         raw.close()
         raise budget.paused() from None

@@ -323,7 +323,7 @@ def _same_bytes(sources: Sequence[str], columns: Columns, options: IngestOptions
         "--licence-source": options.licence_source,
         "--validation-share": options.validation_share,
         "--max-size": options.max_size,
-        "--max-item-mb": options.fetch.max_item_bytes >> 20,
+        "--max-item-mb": options.fetch.max_item_bytes / 2**20,
         "--allow-outside": options.allow_outside,
         "the size of shards": options.max_shard_bytes,
     }
@@ -345,7 +345,7 @@ def _check(options: IngestOptions, columns: Columns) -> None:
         ("--per-host-per-second", pace.per_host_per_s, 100_000),
         ("--tries", fetch.tries, 100),
         ("--timeout", fetch.timeout_s, 86_400),
-        ("--max-item-mb", fetch.max_item_bytes >> 20, 4000),
+        ("--max-item-mb", fetch.max_item_bytes / 2**20, 4000),
     ):
         if not 0 < number <= most:
             raise UserError(f"{flag} {number:g} is out of range; more than 0, at most {most:,}")

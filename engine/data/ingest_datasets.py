@@ -4,7 +4,8 @@ Both layouts are read without that library: `data/train-00000-of-00002.parquet` 
 and what `save_to_disk` writes (arrow streams, a folder a split). A row is an item; each column of
 media is a member, the first of them without a label. Columns with the usual names are captions and
 transcripts, whole numbers that the file's features name as classes become their names, other plain
-columns are kept. Splits keep their names; `valid`, `val` and `dev` are `validation`.
+columns are kept. Splits keep their names; `valid`, `val` and `dev` are `validation`. Parquet files
+without media are tables of their own, as lists of URLs in parts are.
 Left out: lists of media, scripts, and anything that is not on this machine.
 """
 
@@ -25,6 +26,7 @@ from carillon.engine.data.ingest_columns import (
 )
 from carillon.engine.data.ingest_folders import inside
 from carillon.engine.data.ingest_items import (
+    MEDIA_SUFFIXES,
     Columns,
     Entry,
     Inline,
@@ -33,8 +35,8 @@ from carillon.engine.data.ingest_items import (
     Rejected,
     Where,
 )
-from carillon.engine.data.ingest_table_source import suffix_of
-from carillon.engine.data.ingest_tables import Row, batch_rows, holds_bytes
+from carillon.engine.data.ingest_table_source import read_table, suffix_of
+from carillon.engine.data.ingest_tables import TABLE_READERS, Row, batch_rows, holds_bytes
 
 if TYPE_CHECKING:
     import pyarrow
@@ -53,9 +55,12 @@ _BATCH_ROWS = 32
 
 
 def is_datasets_folder(folder: Path) -> bool:
-    """Whether a folder is laid out as one: marked as one, or with parquet or arrow files."""
+    """Whether a folder is laid out as one: marked as one, or with parquet or arrow files and no
+    media beside them."""
     if any((folder / name).is_file() for name in _MARKS):
         return True
+    if any(path.suffix.lower() in MEDIA_SUFFIXES for path in folder.iterdir()):
+        return False
     return any(
         next(folder.glob(f"{place}*{suffix}"), None)
         for suffix in _SUFFIXES
@@ -63,14 +68,22 @@ def is_datasets_folder(folder: Path) -> bool:
     )
 
 
-def read_datasets_folder(root: Path, columns: Columns, *, allow_outside: bool) -> Iterator[Entry]:
+def read_datasets_folder(
+    root: Path, columns: Columns, *, scratch: Path, allow_outside: bool
+) -> Iterator[Entry]:
     """The items of all files in order. Raises UserError when a file cannot be read."""
     files = sorted(path for suffix in _SUFFIXES for path in root.rglob(f"*{suffix}"))
     files = [path for path in files if not path.name.startswith("cache-")]
     if not files:
         raise UserError(f"{root} holds no parquet or arrow file, subfolders included")
     for path in files:
-        yield from _read_file(root, path, columns, allow_outside)
+        if path.suffix == ".parquet" and not TABLE_READERS[".parquet"](path).binary:
+            source = path.relative_to(root.parent).as_posix()
+            yield from read_table(
+                path, columns, source=source, scratch=scratch, allow_outside=allow_outside
+            )
+        else:
+            yield from _read_file(root, path, columns, allow_outside)
 
 
 def _read_file(root: Path, path: Path, columns: Columns, allow_outside: bool) -> Iterator[Entry]:

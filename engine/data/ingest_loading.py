@@ -21,7 +21,7 @@ from carillon.engine.data.ingest_items import Inline, Item, LocalFile, Span, Url
 from carillon.engine.data.ingest_texts import MAX_TEXT_BYTES, add_text, has_text
 from carillon.engine.data.retry import RetryPolicy, with_retries
 from carillon.engine.data.samples import modality_of
-from carillon.engine.data.store import open_blob
+from carillon.engine.data.store import open_blob, read_whole
 
 _UNWANTED = ("noai", "noimageai", "noindex", "noimageindex", "none")
 _AGENT = "carillon-engine"
@@ -132,9 +132,12 @@ class Loader:
 
 
 def _span(where: Span, max_bytes: int) -> tuple[int, bytes]:
-    blob = open_blob(where.place)
-    size = blob.size_bytes if where.size is None else where.size
-    return size, blob.read(where.offset, size) if size <= max_bytes else b""
+    if where.size is None:  # read once, so past the cache of blocks
+        data = read_whole(where.place, max_bytes=max_bytes)
+        return len(data), data
+    if where.size > max_bytes:
+        return where.size, b""
+    return where.size, open_blob(where.place).read(where.offset, where.size)
 
 
 def _passing(error: Exception) -> float | bool:

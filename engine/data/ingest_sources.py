@@ -62,7 +62,7 @@ def read_source(
     path = Path(given)
     if path.is_dir():
         if is_datasets_folder(path):
-            return read_datasets_folder(path, columns, allow_outside=allow_outside)
+            return read_datasets_folder(path, columns, scratch=scratch, allow_outside=allow_outside)
         return read_folder(path, allow_outside=allow_outside)
     if not path.is_file():
         hint = " Patterns are the shell's: give the files without quotes." if "*" in given else ""

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from itertools import groupby
-from operator import itemgetter
 
 from carillon.engine.access import explained
 from carillon.engine.config import UserError
@@ -58,16 +56,24 @@ class _BlobFile(io.BytesIO):  # for its type alone: its own buffer stays empty
 def read_tar(place: str) -> Iterator[Entry]:
     """The items of a tar. Raises UserError when it cannot be read at all."""
     source = place.rpartition("/")[2]
+    group: list[TarMember] = []
+    damage: Rejected | None = None
     try:
         blob = open_blob(place)
-        members = iter_members(_BlobFile(blob), blob.size_bytes)
-        named = ((_stem(member), member) for member in members if member.kind != "directory")
-        for stem, group in groupby(named, key=itemgetter(0)):
-            yield from _item(place, source, stem, [member for _, member in group])
+        for member in iter_members(_BlobFile(blob), blob.size_bytes):
+            if member.kind == "directory":
+                continue
+            if group and _stem(group[0]) != _stem(member):
+                yield from _item(place, source, group)
+                group = []
+            group.append(member)
     except TarError as error:
-        yield Rejected(source=source, image="the rest of the archive", reason=str(error))
+        damage = Rejected(source=source, image="the rest of the archive", reason=str(error))
     except OSError as error:
         raise UserError(f"{place} cannot be read: {explained(error)}") from None
+    yield from _item(place, source, group)
+    if damage is not None:
+        yield damage
 
 
 def _stem(member: TarMember) -> str:
@@ -75,8 +81,11 @@ def _stem(member: TarMember) -> str:
     return f"{folder}{slash}{base.partition('.')[0]}"
 
 
-def _item(place: str, source: str, stem: str, members: list[TarMember]) -> Iterator[Entry]:
-    item = Item(source=source, name=stem, members={}, may_be_silent=False)
+def _item(place: str, source: str, members: list[TarMember]) -> Iterator[Entry]:
+    if not members:
+        return
+    stem = _stem(members[0])
+    item = Item(source=source, name=stem, members={})
     for member in members:
         name = member.name.removeprefix("./")[len(stem) + 1 :].lower()
         suffix = f".{name.rpartition('.')[2]}"

@@ -60,13 +60,25 @@ class Work:
     def __enter__(self) -> Self:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / "lock").exists() and any(self.folder.iterdir()):
+                raise UserError(
+                    f"{self.folder} holds something else, and an ingest to that --out keeps its "
+                    "unfinished work there. Nothing was removed: give another --out."
+                )
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._cannot_write(error) from None
+        try:
             self._take_lock()
             self._load()
             self._keys = _open_keys(self.folder / "keys.sqlite")
             self._rejected = (self.folder / REJECTED_NAME).open("ab")
         except OSError as error:
-            raise UserError(f"{self.folder} cannot be written: {explained(error)}") from None
+            os.close(self._lock)
+            raise self._cannot_write(error) from None
+        except UserError:
+            os.close(self._lock)
+            raise
         return self
 
     def __exit__(
@@ -142,18 +154,17 @@ class Work:
             partial.replace(self.folder / _STATE_NAME)
             sync_folder(self.folder)
         except OSError as error:
-            raise UserError(f"{self.folder} cannot be written: {explained(error)}") from None
+            raise self._cannot_write(error) from None
 
-    def rejections(self) -> bytes:
-        """The content of rejected.jsonl."""
+    def rejections(self) -> Path:
+        """The file of all rejections so far."""
         self._rejected.flush()
-        return (self.folder / REJECTED_NAME).read_bytes()
+        return self.folder / REJECTED_NAME
 
     def _take_lock(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._lock)
             raise UserError(
                 f"another ingest is at work in {self.folder}. Wait for it, or give another --out."
             ) from None
@@ -188,6 +199,9 @@ class Work:
                 f"an unfinished ingest is kept in {self.folder}, and it was begun otherwise: "
                 f"{'; '.join(changed)}. Give the same again to go on, or --restart to begin anew."
             )
+
+    def _cannot_write(self, error: OSError) -> UserError:
+        return UserError(f"{self.folder} cannot be written: {explained(error)}")
 
     def _changed(self) -> UserError:
         return UserError(

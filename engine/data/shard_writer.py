@@ -69,6 +69,8 @@ class _OpenTar:
         tar = cls.__new__(cls)
         tar.path, tar.rows, tar.items = path, [], []
         tar.size_bytes, tar._num_saved = saved["size_bytes"], saved["num_rows"]
+        if path.stat().st_size < tar.size_bytes:
+            raise ValueError(f"{path.name} is shorter than it was")
         os.truncate(_rows_path(path), saved["rows_bytes"])
         for line in _rows_path(path).read_text(encoding="utf-8").splitlines():
             item, *span = json.loads(line)
@@ -77,8 +79,8 @@ class _OpenTar:
         os.truncate(path, tar.size_bytes)
         with path.open("rb") as file:
             tar._sha256 = hashlib.file_digest(file, "sha256")
-            if file.tell() != tar.size_bytes or len(tar.rows) != tar._num_saved:
-                raise ValueError(f"{path} is shorter than it was")
+        if len(tar.rows) != tar._num_saved:
+            raise ValueError(f"{_rows_path(path).name} has not the rows that it had")
         tar._file = path.open("ab", buffering=1 << 20)
         return tar
 
@@ -192,9 +194,10 @@ class ShardWriter:
             else:
                 self._folder = self._work
                 self._folder.mkdir(exist_ok=True)
-                self._resume(self._saved or {})
         except OSError as error:
             raise self._cannot_write(error) from None
+        if self._work is not None:
+            self._resume(self._saved or {})
         return self
 
     def save(self) -> dict[str, Any]:
@@ -207,9 +210,9 @@ class ShardWriter:
                 split: {
                     "finished": [asdict(shard) for shard in self._finished[split]],
                     "open": self._tars[split].save() if split in self._tars else None,
-                    "languages": self._languages[split],
-                    "licences": self._licences[split],
-                    "modalities": self._modalities[split],
+                    "languages": dict(self._languages[split]),
+                    "licences": dict(self._licences[split]),
+                    "modalities": dict(self._modalities[split]),
                 }
                 for split in self._finished
             }
@@ -222,6 +225,15 @@ class ShardWriter:
         return saved
 
     def _resume(self, saved: Mapping[str, Any]) -> None:
+        try:
+            self._reopen(saved)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"the unfinished shards in {self._folder} are damaged: {error}. Begin anew with "
+                "--restart."
+            ) from None
+
+    def _reopen(self, saved: Mapping[str, Any]) -> None:
         kept: set[str] = set()
         for split, of_split in saved.items():
             shards = [ShardFile(**shard) for shard in of_split["finished"]]
@@ -230,6 +242,9 @@ class ShardWriter:
             self._licences[split] = Counter(of_split["licences"])
             self._modalities[split] = Counter(of_split["modalities"])
             kept.update(name for shard in shards for name in shard.names)
+            for shard in shards:
+                if (self._folder / shard.file).stat().st_size != shard.size_bytes:
+                    raise ValueError(f"{shard.file} is not as long as it was")
             if of_split["open"] is not None:
                 path = self._folder / _shard_name(split, len(shards))
                 self._tars[split] = _OpenTar.resumed(path, of_split["open"])
@@ -280,10 +295,18 @@ class ShardWriter:
         if self._work is None:
             self._keys.add(key)
 
-    def attach(self, file: str, data: bytes) -> None:
-        """Put a further file beside the shards. Raises UserError for a failing disk."""
+    def attach(self, file: str, content: bytes | Path) -> None:
+        """Put a further file beside the shards, its bytes or a copy of a file of any size.
+
+        Raises UserError for a failing disk.
+        """
         try:
-            write_synced(self._folder / file, data)
+            if isinstance(content, Path):
+                shutil.copyfile(content, self._folder / file)
+                with open(self._folder / file, "rb") as copy:
+                    os.fsync(copy.fileno())
+            else:
+                write_synced(self._folder / file, content)
         except OSError as error:
             raise self._cannot_write(error) from None
 

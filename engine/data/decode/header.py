@@ -17,6 +17,10 @@ _MAX_CHANNELS = 64
 _UNKNOWN_FRAMES = 2**62  # what libsndfile says of a stream that does not state its length
 
 
+class HeaderError(ValueError):
+    """The bytes are no medium that can be used; the message says why."""
+
+
 class Header(NamedTuple):
     """A medium's usual suffix and the facts that `meta.media` has of it."""
 
@@ -25,7 +29,7 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes) -> Header:
-    """Raises ValueError for what is no picture, sound or video that is known, or makes no sense."""
+    """Raises HeaderError or ImageError for what is no medium that is known, or makes no sense."""
     if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
         return _sound(data, "wav")
     if data.startswith(b"fLaC"):
@@ -41,7 +45,7 @@ def read_header(data: bytes) -> Header:
     except ImageError:
         if data.startswith(b"ID3") or (len(data) > 1 and data[0] == 0xFF and data[1] >> 5 == 7):
             return _sound(data, "mp3")
-        raise ValueError(
+        raise HeaderError(
             "not a JPEG, PNG, WebP, GIF or BMP picture, WAV, FLAC, OGG or MP3 sound, MP4 or WebM "
             f"video; it starts with {data[:8]!r}"
         ) from None
@@ -58,13 +62,13 @@ def _sound(data: bytes, suffix: str) -> Header:
             start = file.read(1024, dtype="float32")
     # A decoder of hostile bytes may raise anything that its author did not foresee.
     except Exception as error:
-        raise ValueError(f"the sound cannot be decoded: {error}") from None
+        raise HeaderError(f"the sound cannot be decoded: {error}") from None
     if not _MIN_RATE <= rate <= _MAX_RATE:
-        raise ValueError(f"a sampling rate of {rate} Hz; {_MIN_RATE} to {_MAX_RATE} are allowed")
+        raise HeaderError(f"a sampling rate of {rate} Hz; {_MIN_RATE} to {_MAX_RATE} are allowed")
     if not 1 <= channels <= _MAX_CHANNELS:
-        raise ValueError(f"{channels} channels; 1 to {_MAX_CHANNELS} are allowed")
+        raise HeaderError(f"{channels} channels; 1 to {_MAX_CHANNELS} are allowed")
     if not len(start):
-        raise ValueError("the sound has no samples")
+        raise HeaderError("the sound has no samples")
     facts: dict[str, int | float] = {"sample_rate": rate, "num_channels": channels}
     if 0 < frames < _UNKNOWN_FRAMES:
         facts["duration_s"] = round(frames / rate, 6)
@@ -77,28 +81,28 @@ def _video(data: bytes, suffix: str, demuxer: str) -> Header:
     try:
         with av.open(io.BytesIO(data), format=demuxer, io_open=_no_other_file) as container:
             facts = _video_facts(container)
-    except ValueError:
+    except HeaderError:
         raise
     except Exception as error:
-        raise ValueError(f"the video cannot be decoded: {error}") from None
+        raise HeaderError(f"the video cannot be decoded: {error}") from None
     return Header(suffix, facts)
 
 
 def _no_other_file(url: str, flags: int, options: Any) -> Any:
-    raise ValueError("the video wants to read another file")
+    raise HeaderError("the video wants to read another file")
 
 
 def _video_facts(container: Any) -> dict[str, int | float]:
     streams = [stream for stream in container.streams.video if stream.codec_context is not None]
     if not streams:
-        raise ValueError("the file has no video in it that could be decoded")
+        raise HeaderError("the file has no video in it that could be decoded")
     stream = streams[0]
     facts: dict[str, int | float] = {
         "width": stream.codec_context.width,
         "height": stream.codec_context.height,
     }
     if not facts["width"] or not facts["height"]:
-        raise ValueError("the video has frames of no size")
+        raise HeaderError("the video has frames of no size")
     if container.duration and container.duration > 0:
         facts["duration_s"] = round(container.duration / 1_000_000, 6)
     if stream.average_rate:

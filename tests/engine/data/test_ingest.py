@@ -452,6 +452,16 @@ def test_a_set_is_never_written_over_its_source(tmp_path: Path, out: str, relati
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_folder_in_the_place_of_unfinished_work_is_left_alone(tmp_path: Path) -> None:
+    picture(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "a.txt").write_text("a dog")
+    (tmp_path / ".set.ingest").mkdir()
+    (tmp_path / ".set.ingest" / "mine").write_text("kept")
+    with pytest.raises(UserError, match=r"holds something else.* Nothing was removed"):
+        ingest([str(tmp_path / "photos")], tmp_path / "set")
+    assert (tmp_path / ".set.ingest" / "mine").read_text() == "kept"
+
+
 @pytest.mark.parametrize(
     ("flag", "columns"),
     [
