@@ -1,0 +1,372 @@
+"""Fetches a URL that nobody vouches for: public hosts only, and within limits of bytes and time.
+
+Every hop of a redirect is checked as the first URL was (fetch_address.py), its host is resolved
+once, and the connection goes to the address that was checked (fetch_connection.py). The body is
+counted while it comes, before and after decompression, so an endless or exploding one is cut at
+the cap. Certificates are verified against the system's authorities.
+It is a thin layer over the standard library's http.client: pinning an address while checking the
+name's certificate, and one deadline over headers and body, need the socket, which the well-kept
+libraries (urllib3, requests, httpx) hide behind pools; and serving needs no dependency for it.
+Left out: proxies, HTTP/2, cookies, connections that are kept, methods but GET and HEAD.
+"""
+
+from __future__ import annotations
+
+import http.client
+import queue
+import socket
+import ssl
+import threading
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, NamedTuple
+from urllib.parse import urljoin
+
+from carillon import __version__
+from carillon.engine.data.fetch_address import (
+    RefusedAddress,
+    Target,
+    check_address,
+    parse_exceptions,
+    parse_url,
+)
+from carillon.engine.data.fetch_connection import (
+    Budget,
+    OutOfBudget,
+    OutOfTime,
+    PinnedConnection,
+)
+
+USER_AGENT = f"carillon-engine/{__version__} (data set builder)"
+
+_PIECE_BYTES = 1 << 16
+_OVERHEAD_BYTES = 1 << 20  # for headers and the framing of chunks, beside max_bytes
+_MAX_ADDRESSES = 4
+_REDIRECTS = (301, 302, 303, 307, 308)
+_PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be others a little later
+
+_CONTEXT_LOCK = threading.Lock()
+
+Kind = Literal["refused", "unreachable", "slow", "too large", "broken", "status", "type"]
+
+
+class FetchError(ValueError):
+    """A URL could not be fetched. `passing`: trying again later may help, after `retry_after_s`."""
+
+    def __init__(
+        self,
+        reason: str,
+        kind: Kind,
+        *,
+        passing: bool = False,
+        status: int | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.kind, self.passing = kind, passing
+        self.status, self.retry_after_s = status, retry_after_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchLimits:
+    """What one fetch may cost, redirects included."""
+
+    max_bytes: int = 64 << 20
+    total_s: float = 60.0
+    idle_s: float = 15.0
+    max_redirects: int = 5
+
+
+class Fetched(NamedTuple):
+    """A whole body; `url` is the one that gave it, after redirects."""
+
+    url: str
+    status: int
+    headers: Mapping[str, str]
+    data: bytes
+
+
+class Body:
+    """An open response: `read` gives the next bytes of its decompressed body, within the limits."""
+
+    def __init__(
+        self, target: Target, response: http.client.HTTPResponse, max_bytes: int, *, whole: bool
+    ) -> None:
+        self.url, self.status = target.url, response.status
+        names = {name.lower() for name in response.headers}
+        self.headers = {name: response.getheader(name, "") for name in names}
+        self._response, self._max_bytes, self._num_bytes = response, max_bytes, 0
+        self._expected = response.length if whole else None
+        self._received = 0
+        self._inflate = _inflater(self.headers.get("content-encoding", ""))
+        if self._expected is not None and self._expected > max_bytes:
+            raise _too_large(max_bytes)
+
+    @property
+    def content_type(self) -> str:
+        """The media type in lower case, without parameters; empty when none is stated."""
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    def read(self) -> bytes:
+        """The next piece, at most 64 KiB; empty at the end. Raises FetchError."""
+        while True:
+            left = self._max_bytes - self._num_bytes + 1
+            if self._inflate is None:
+                piece = self._receive()
+            else:
+                packed = self._inflate.unconsumed_tail or self._receive()
+                if not packed:
+                    self._check_inflated()
+                    return b""
+                piece = self._expand(packed, left)
+                if not piece:
+                    continue
+            self._num_bytes += len(piece)
+            if self._num_bytes > self._max_bytes:
+                raise _too_large(self._max_bytes)
+            return piece
+
+    def _receive(self) -> bytes:
+        size = _PIECE_BYTES
+        if self._expected is not None:  # a server need not close after what it announced
+            size = min(size, self._expected - self._received)
+        with _explained(self._max_bytes):
+            piece = self._response.read1(size) if size else b""
+        self._received += len(piece)
+        if not piece and self._expected is not None and self._received < self._expected:
+            raise FetchError(
+                f"the body ended after {self._received:,} of {self._expected:,} bytes",
+                "broken",
+                passing=True,
+            )
+        return piece
+
+    def _expand(self, data: bytes, left: int) -> bytes:
+        assert self._inflate is not None
+        try:
+            return self._inflate.decompress(data, min(left, _PIECE_BYTES))
+        except zlib.error as error:
+            raise FetchError(f"the compressed body is damaged: {error}", "broken") from None
+
+    def _check_inflated(self) -> None:
+        if self._received and self._inflate is not None and not self._inflate.eof:
+            raise FetchError("the compressed body ended too early", "broken", passing=True)
+
+
+class Fetcher:
+    """Fetches by one set of rules; may be shared by threads and processes.
+
+    `allow` lists hosts, addresses and networks that may be fetched although they are inside.
+    Raises ValueError for an entry that is none of these.
+    """
+
+    def __init__(
+        self,
+        *,
+        allow: Sequence[str] = (),
+        user_agent: str = USER_AGENT,
+        limits: FetchLimits | None = None,
+    ) -> None:
+        self._exceptions = parse_exceptions(allow)
+        self._user_agent = user_agent
+        self._limits = limits or FetchLimits()
+
+    def get(
+        self,
+        url: str,
+        *,
+        limits: FetchLimits | None = None,
+        content_types: Sequence[str] = (),
+        byte_range: tuple[int, int] | None = None,
+    ) -> Fetched:
+        """The whole body of a URL, or of its bytes [start, end).
+
+        `content_types` are the beginnings of media types that are taken (`image/`); empty: any.
+        Raises FetchError.
+        """
+        with self.open(
+            url, limits=limits, content_types=content_types, byte_range=byte_range
+        ) as body:
+            data = b"".join(iter(body.read, b""))
+            return Fetched(body.url, body.status, body.headers, data)
+
+    def head(self, url: str, *, limits: FetchLimits | None = None) -> Fetched:
+        """Status and headers of a URL, without its body. Raises FetchError."""
+        with self._open(url, limits or self._limits, method="HEAD", headers={}) as body:
+            return Fetched(body.url, body.status, body.headers, b"")
+
+    @contextmanager
+    def open(
+        self,
+        url: str,
+        *,
+        limits: FetchLimits | None = None,
+        content_types: Sequence[str] = (),
+        byte_range: tuple[int, int] | None = None,
+    ) -> Iterator[Body]:
+        """As `get`, for reading piece by piece."""
+        headers = {}
+        if byte_range is not None:
+            headers["Range"] = f"bytes={byte_range[0]}-{byte_range[1] - 1}"
+        with self._open(url, limits or self._limits, method="GET", headers=headers) as body:
+            if byte_range is not None and body.status != 206:
+                raise FetchError(
+                    "the server gives whole files only, no byte ranges", "status", status=200
+                )
+            if byte_range is None and body.status == 206:
+                raise FetchError("a part came where the whole was asked for", "broken")
+            if content_types and not body.content_type.startswith(tuple(content_types)):
+                raise FetchError(
+                    f"the content type is {body.content_type or 'not stated'}; "
+                    f"{', '.join(content_types)} is taken",
+                    "type",
+                )
+            yield body
+
+    @contextmanager
+    def _open(
+        self, url: str, limits: FetchLimits, *, method: str, headers: Mapping[str, str]
+    ) -> Iterator[Body]:
+        budget = Budget(limits.total_s, limits.idle_s, limits.max_bytes + _OVERHEAD_BYTES)
+        for _ in range(limits.max_redirects + 1):
+            with _explained(limits.max_bytes):
+                target = parse_url(url)
+                connection = self._connect(target, budget)
+            try:
+                with _explained(limits.max_bytes):
+                    response = self._request(connection, target, method, headers)
+                if response.status not in _REDIRECTS:
+                    _check_status(response)
+                    yield Body(target, response, limits.max_bytes, whole=method == "GET")
+                    return
+                url = _next_url(target, response)
+            finally:
+                connection.shut()
+        raise FetchError(f"more than {limits.max_redirects} redirects", "refused")
+
+    def _request(
+        self, connection: PinnedConnection, target: Target, method: str, headers: Mapping[str, str]
+    ) -> http.client.HTTPResponse:
+        sent = {
+            "User-Agent": self._user_agent,
+            "Accept": "*/*",
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+        }
+        connection.request(method, target.path, headers={**sent, **headers})
+        return connection.getresponse()
+
+    def _connect(self, target: Target, budget: Budget) -> PinnedConnection:
+        found = _resolve(target, budget.time_left_s())
+        # One inside address among several is enough to refuse: the next look-up might lead there.
+        addresses = [check_address(target, one, self._exceptions) for one in found]
+        failure: OSError = OSError("no address")
+        for address in addresses[:_MAX_ADDRESSES]:
+            try:
+                return PinnedConnection(target, address, budget, _context)
+            except OutOfTime as error:
+                failure = error
+            except ssl.SSLError:
+                raise
+            except OSError as error:
+                failure = error
+        raise _Unreachable(target.host, failure)
+
+
+class _Unreachable(Exception):
+    def __init__(self, host: str, failure: OSError) -> None:
+        reason = failure if isinstance(failure, OutOfTime) else failure.strerror or failure
+        super().__init__(f"no connection to {host}: {reason}")
+
+
+def _context() -> ssl.SSLContext:
+    """The one that verifies certificates; reading the authorities takes a quarter of a second."""
+    with _CONTEXT_LOCK:
+        return _made_context()
+
+
+@cache
+def _made_context() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+def _resolve(target: Target, timeout_s: float) -> list[str]:
+    """The addresses of a host. The system's look-up knows no deadline, so it runs aside."""
+    answer: queue.SimpleQueue[list[str] | OSError | UnicodeError] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+            answer.put(list(dict.fromkeys(str(entry[4][0]) for entry in found)))
+        except (OSError, UnicodeError) as error:
+            answer.put(error)
+
+    threading.Thread(target=look_up, daemon=True, name="resolve").start()
+    try:
+        found = answer.get(timeout=timeout_s)
+    except queue.Empty:
+        raise _Unreachable(target.host, OutOfTime(f"no name in {timeout_s:.0f} s")) from None
+    if isinstance(found, Exception):
+        raise _Unreachable(target.host, OSError("its name is unknown"))
+    return found
+
+
+@contextmanager
+def _explained(max_bytes: int) -> Iterator[None]:
+    """Turn what a fetch runs into into a FetchError."""
+    try:
+        yield
+    except RefusedAddress as error:
+        raise FetchError(str(error), "refused") from None
+    except _Unreachable as error:
+        raise FetchError(str(error), "unreachable", passing=True) from None
+    except OutOfTime as error:
+        raise FetchError(str(error), "slow", passing=True) from None
+    except OutOfBudget:
+        raise _too_large(max_bytes) from None
+    except ssl.SSLCertVerificationError as error:
+        raise FetchError(f"the certificate: {error.verify_message}", "refused") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        said = str(error) or type(error).__name__
+        raise FetchError(f"the answer is broken: {said:.200}", "broken", passing=True) from None
+
+
+def _check_status(response: http.client.HTTPResponse) -> None:
+    if response.status in (200, 206):
+        return
+    after = response.getheader("Retry-After", "")
+    raise FetchError(
+        f"HTTP status {response.status}",
+        "status",
+        status=response.status,
+        passing=response.status in _PASSING,
+        retry_after_s=float(after) if after.isascii() and after.isdecimal() else None,
+    )
+
+
+def _next_url(target: Target, response: http.client.HTTPResponse) -> str:
+    location = response.getheader("Location")
+    if not location:
+        raise FetchError("a redirect that leads nowhere", "broken")
+    try:
+        # Headers are Latin-1 to http.client; UTF-8 is what servers send in them.
+        return urljoin(target.url, location.encode("latin-1").decode("utf-8", "replace"))
+    except ValueError as error:
+        raise FetchError(f"a redirect that cannot be read: {error}", "refused") from None
+
+
+def _too_large(max_bytes: int) -> FetchError:
+    return FetchError(f"more than {max_bytes:,} bytes", "too large")
+
+
+def _inflater(encoding: str) -> zlib._Decompress | None:
+    """What undoes a Content-Encoding that came although none was asked for."""
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        return None
+    if encoding in ("gzip", "x-gzip", "deflate"):
+        return zlib.decompressobj(wbits=47)  # gzip or zlib, by the first bytes
+    raise FetchError(f"the content encoding {encoding!r:.40}; gzip and deflate are read", "type")
