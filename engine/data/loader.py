@@ -2,20 +2,24 @@
 
 The dataset maps global positions to a batch, purely. Workers are therefore stateless, the loader's
 whole state is the next position and what was counted, and any world size, worker count or restart
-yields the same stream. Once the share of bad samples passes `max_bad_share` the run stops.
+yields the same stream. Where streams fill packs, a batch says where they stand after it; that is
+part of the state, and a stream is always served by the same worker. Once the share of bad samples
+passes `max_bad_share` the run stops.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, Generic
 
 import torch
 from torch.utils.data import DataLoader
 
+from carillon.engine.choices import divisors
 from carillon.engine.config import UserError
+from carillon.engine.data.packing import StreamState
 from carillon.engine.data.positioned import B, Positioned
 
 _MIN_JUDGED = 200  # samples read, bad ones included, before max_bad_share is judged
@@ -48,12 +52,23 @@ class TrainingLoader(Generic[B]):
         self.num_read = 0
         self.num_bad = 0
         self.num_filtered = 0
+        self.streams: dict[int, StreamState] = {}  # of this process
+        self.read_up_to = 0  # when its state was loaded: nothing was read at or past this place
+
+    @property
+    def num_workers(self) -> int:
+        """Those asked for, or with streams the most of them that take turns as the streams do."""
+        asked, turns = self.samples.config.num_workers, self.samples.turns
+        return (
+            asked if turns is None else max((n for n in divisors(turns) if n <= asked), default=0)
+        )
 
     def __iter__(self) -> Generator[B, None, None]:
         """Batches without end; close it, or its workers outlive an error that keeps its frame."""
         config = self.samples.config
         positions = _LocalPositions(self.position, config.batch_size, self.rank, self.world_size)
-        workers = config.num_workers
+        workers = self.num_workers
+        self.samples.start(self.streams)
         loader: DataLoader[Any] = DataLoader(
             self.samples,
             batch_sampler=positions,
@@ -72,6 +87,7 @@ class TrainingLoader(Generic[B]):
             self.num_read += len(batch.keys)
             self.num_bad += len(batch.bad)
             self.num_filtered += batch.num_filtered
+            self.streams.update(batch.streams)
             yield batch
 
     def check_bad_share(self, *, num_bad: int, num_read: int, num_filtered: int = 0) -> None:
@@ -96,13 +112,25 @@ class TrainingLoader(Generic[B]):
             "num_filtered": self.num_filtered,
         }
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position, **self.counts()}
+    def state_dict(self) -> dict[str, Any]:
+        """Of this process; with several, counts are summed and streams joined."""
+        streams = {str(n): [s.packs, s.read, *s.waiting] for n, s in sorted(self.streams.items())}
+        return {"position": self.position, **self.counts(), "streams": streams}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Of any number of processes; each takes up the streams that are its own now."""
+        streams = {
+            int(number): StreamState(packs, read, tuple(waiting))
+            for number, (packs, read, *waiting) in state["streams"].items()
+        }
+        batch_size = self.samples.config.batch_size
+        share = batch_size // self.world_size
+        self.streams = {n: s for n, s in streams.items() if n % batch_size // share == self.rank}
         self.position = int(state["position"])
         self.num_read, self.num_bad = int(state["num_read"]), int(state["num_bad"])
         self.num_filtered = int(state["num_filtered"])
+        furthest = max((stream.read for stream in streams.values()), default=0)
+        self.read_up_to = furthest * self.samples.num_streams if streams else self.position
 
 
 def _as_it_is(batch: Any) -> Any:
