@@ -10,10 +10,12 @@ import typing
 from carillon.engine.data.curate.stage import Stage
 from carillon.engine.data.curate.stages.balance import Balance
 from carillon.engine.data.curate.stages.blur import Blur
+from carillon.engine.data.curate.stages.caption_match import CaptionMatch
 from carillon.engine.data.curate.stages.captions import Captions
 from carillon.engine.data.curate.stages.exact_duplicates import ExactDuplicates
 from carillon.engine.data.curate.stages.language import Language
 from carillon.engine.data.curate.stages.licence import Licence
+from carillon.engine.data.curate.stages.near_embeddings import NearEmbeddings
 from carillon.engine.data.curate.stages.near_pictures import NearPictures
 from carillon.engine.data.curate.stages.near_texts import NearTexts
 from carillon.engine.data.curate.stages.nsfw import Nsfw
@@ -32,6 +34,8 @@ AnyStage = (
     | ExactDuplicates
     | NearPictures
     | NearTexts
+    | NearEmbeddings
+    | CaptionMatch
     | Language
     | Pii
     | Toxicity

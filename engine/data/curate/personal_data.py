@@ -33,10 +33,13 @@ def _is_address(text: str) -> bool:
 
 
 _EDGE, _END = r"(?<![\w.@-])", r"(?![\w@-])"
+_CARD = (  # as one number, or in the groups that are printed on cards
+    r"(?<!\d[ -])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{1,7}|\d{4}[ -]\d{6}[ -]\d{4,5})"
+    r"(?![ -]?\d)"
+)
 _PATTERNS: tuple[tuple[str, str, Callable[[str], bool] | None], ...] = (
     ("email", r"[\w.+%'-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}", None),
-    ("iban", r"[A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z0-9]{1,4}){3,8}", numbers.is_iban),
-    ("card", r"\d(?:[ -]?\d){12,18}", numbers.is_card),
+    ("card", _CARD, numbers.is_card),
     ("ip", r"(?:\d{1,3}\.){3}\d{1,3}", _is_address),
     ("ip", r"(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}", _is_address),
     ("id", r"\d{3}-\d{2}-\d{4}", numbers.is_us_social_security),
@@ -67,6 +70,7 @@ _NAMED = tuple(
     (re.compile(rf"(?i)(?:{word})\D{{0,16}}({digits})(?!\d)"), check)
     for word, digits, check in _NAMED_PATTERNS
 )
+_IBAN = re.compile(_EDGE + r"([A-Za-z]{2})\d{2}(?:[ -]?[A-Za-z0-9]){11,30}")
 _MAYBE = re.compile(r"@|\d\D{0,2}\d\D{0,2}\d|[0-9A-Fa-f]::?[0-9A-Fa-f]")
 
 
@@ -106,7 +110,19 @@ def _all(text: str, regions: Sequence[str]) -> Iterator[Found]:
         for match in pattern.finditer(text):
             if named_check(match[1]):
                 yield Found("id", match.start(1), match.end(1))
+    yield from _ibans(text)
     yield from _phones(text, regions)
+
+
+def _ibans(text: str) -> Iterator[Found]:
+    """As many letters and digits as the country's IBAN has; words may follow them."""
+    for match in _IBAN.finditer(text):
+        length, end = numbers.iban_length(match[1]), match.start()
+        for _ in range(length):
+            end += 1 + (text[end : end + 1] in (" ", "-"))
+        inside = text[match.start() : end]
+        if length and end <= match.end() and numbers.is_iban(inside):
+            yield Found("iban", match.start(), end)
 
 
 def _phones(text: str, regions: Sequence[str]) -> Iterator[Found]:

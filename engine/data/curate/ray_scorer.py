@@ -46,12 +46,13 @@ def ray_scorer(address: str, workers: int) -> Scorer:
     def score(job: Job, parts: Sequence[Part], done: Callable[[Part], None]) -> None:
         import ray
 
+        logging.getLogger("ray").setLevel(logging.ERROR)  # it reports plans and settings
         ray.init(
             address=None if address == "local" else address,
             num_cpus=workers if address == "local" else None,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
         )
         try:
             ray.data.DataContext.get_current().enable_progress_bars = False
@@ -61,7 +62,7 @@ def ray_scorer(address: str, workers: int) -> Scorer:
             scored = rows.map(
                 _PartScorer,  # type: ignore[arg-type]  # a class of callables is taken, too
                 fn_constructor_args=(job,),
-                concurrency=(1, workers),
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
                 num_cpus=1,
             )
             for row in scored.iter_rows():

@@ -93,6 +93,7 @@ def _summary(curated: Curated) -> str:
 def _stage_row(curated: Curated, place: int) -> list[str]:
     stage = curated.pipeline.stages[place]
     dropped = int((curated.verdict.dropped_by[: curated.num_rows] == place).sum())
+    flagged = sum(1 for _ in curated.judged_by(place)) - dropped
     captions = sum(
         json.loads(text).get(stage.label, 0)
         for text in _texts(curated, "captions_removed", curated.num_rows)
@@ -102,16 +103,10 @@ def _stage_row(curated: Curated, place: int) -> list[str]:
         escape(str(stage.type)),
         stage.action,
         f"{dropped:,}",
-        f"{_num_flagged(curated, place):,}",
+        f"{flagged:,}",
         f"{captions:,}",
         share_bar(dropped / max(1, curated.num_rows)),
     ]
-
-
-def _num_flagged(curated: Curated, place: int) -> int:
-    label = curated.label(place)
-    told = sum(label in json.loads(text) for text in _texts(curated, "flags", curated.num_rows))
-    return told + sum(place in places for places in curated.verdict.flagged.values())
 
 
 def _texts(curated: Curated, column: str, num_rows: int) -> Iterator[str]:
@@ -126,10 +121,7 @@ def _stage_section(curated: Curated, place: int) -> str:
     reasons = Counter(_reasons(curated, place))
     listed = [[escape(r), f"{n:,}"] for r, n in reasons.most_common(_MAX_REASONS)]
     table = _table(("reason", "items"), listed, numbers=(1,)) if listed else "<p>Nothing.</p>"
-    figures = [
-        figure(curated, row, *_reason_of(curated, row, place))
-        for row in examples_of(curated, place)
-    ]
+    figures = [figure(curated, *found) for found in examples_of(curated, place)]
     grid = f'<h3>Examples</h3><div class="examples">{"".join(figures)}</div>' if figures else ""
     return (
         f'<section id="stage{place}"><h2>{escape(stage.label)}</h2><p>{escape(described)}</p>'
@@ -154,19 +146,9 @@ def _histograms(curated: Curated, place: int) -> Iterator[str]:
 
 def _reasons(curated: Curated, place: int) -> Iterator[str]:
     """Reasons without their numbers and keys, so that alike ones count together."""
-    dropped = np.flatnonzero(curated.verdict.dropped_by[: curated.num_rows] == place)
-    flagged = [row for row, places in curated.verdict.flagged.items() if place in places]
-    for row in [*dropped.tolist(), *flagged]:
-        reason, match = _reason_of(curated, row, place)
-        reason = reason.rsplit(" ", 1)[0] + " ..." if match >= 0 else reason
-        yield re.sub(r"(?<!\w)\d[\d.,e+-]*", "N", reason, count=1)
-
-
-def _reason_of(curated: Curated, row: int, place: int) -> tuple[str, int]:
-    judgement = curated.verdict.told.get(row, {}).get(place)
-    if judgement is not None:
-        return judgement.reason, judgement.match
-    return str(curated.scored.column("reason")[row].as_py()), -1
+    for _, reason, match in curated.judged_by(place):
+        plain = reason.rsplit(" ", 1)[0] + " ..." if match >= 0 else reason
+        yield re.sub(r"(?<!\w)\d[\d.,e+-]*", "N", plain, count=1)
 
 
 def _quarantine(curated: Curated) -> str:

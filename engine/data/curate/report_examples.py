@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import heapq
 import io
 from html import escape
-
-import numpy as np
 
 from carillon.engine.data.curate.stages.pii import Pii
 from carillon.engine.data.curate.write import Curated
@@ -23,19 +22,15 @@ _SIDE = 112
 _MAX_CAPTION = 120
 
 
-def examples_of(curated: Curated, place: int) -> list[int]:
-    """Rows that a stage dropped or flagged, at most NUM_EXAMPLES."""
-    verdict = curated.verdict
-    dropped = np.flatnonzero(verdict.dropped_by[: curated.num_rows] == place).tolist()
-    flagged = [row for row, places in verdict.flagged.items() if place in places]
-    keys = curated.scored.column("key")
-    seed = curated.pipeline.seed
+def examples_of(curated: Curated, place: int) -> list[tuple[int, str, int]]:
+    """(row, reason, match) of what a stage dropped or flagged, at most NUM_EXAMPLES."""
+    keys, seed = curated.scored.column("key"), curated.pipeline.seed
 
-    def rank(row: int) -> bytes:
-        text = f"{seed} {place} {keys[row].as_py()}"
+    def rank(found: tuple[int, str, int]) -> bytes:
+        text = f"{seed} {place} {keys[found[0]].as_py()}"
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
-    return sorted(sorted([*dropped, *flagged], key=rank)[:NUM_EXAMPLES])
+    return sorted(heapq.nsmallest(NUM_EXAMPLES, curated.judged_by(place), key=rank))
 
 
 def figure(curated: Curated, row: int, reason: str, match: int) -> str:

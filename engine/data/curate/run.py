@@ -62,6 +62,7 @@ def curate(
     _check_sets(datasets, evaluations, pipeline)
     state = State(out, run_identity(pipeline_hash(pipeline), datasets, evaluations))
     try:
+        state.clear_partial_outputs(out)
         parts = parts_of([*datasets, *evaluations])
         job = Job(
             pipeline,
@@ -74,6 +75,7 @@ def curate(
         curated = _decided(pipeline, datasets, evaluations, parts, state)
         _judge(curated)
         page = report_html(curated).encode("utf-8", "replace")
+        state.begin_writing(out)
         write_kept(
             curated,
             out,

@@ -8,6 +8,7 @@ keeps a second run out. The folder goes when the output is published.
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -21,8 +22,11 @@ import pyarrow as pa
 from carillon.engine.access import explained
 from carillon.engine.config import UserError
 from carillon.engine.data.curate.score import PART_ROWS, Part
+from carillon.engine.data.publish import json_of
 from carillon.engine.data.shard_writer import write_synced
 from carillon.engine.data.shards import Dataset
+
+_WRITING = "writing.json"
 
 
 class State:
@@ -50,6 +54,23 @@ class State:
         """Away with the folder; the output that needed it stands."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def clear_partial_outputs(self, out: Path) -> None:
+        """Remove what a killed pass 3 of this very run left beside the output.
+
+        What else stood there when that pass began is another program's, and stays.
+        """
+        noted = json_of(self.folder / _WRITING)
+        if noted:
+            others = set(noted["others"])
+            for path in _partial_outputs(out):
+                if path.name not in others:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def begin_writing(self, out: Path) -> None:
+        """Note what stands beside the output before pass 3 makes its folder there."""
+        others = sorted(path.name for path in _partial_outputs(out))
+        write_whole(self.folder / _WRITING, json.dumps({"others": others}).encode())
+
     def table_path(self, part: Part) -> Path:
         return table_path(self.folder, part)
 
@@ -59,6 +80,11 @@ class State:
     def tables(self, parts: Sequence[Part]) -> list[pa.Table]:
         """The tables of parts, on disk until they are touched."""
         return [read_table(self.table_path(part), part) for part in parts]
+
+
+def _partial_outputs(out: Path) -> list[Path]:
+    """Unfinished data sets of this name, as shard_writer.py calls them."""
+    return list(out.absolute().parent.glob(f".{glob.escape(out.name)}.partial-*"))
 
 
 def skipped_rows(folder: Path, part: Part) -> dict[int, str]:

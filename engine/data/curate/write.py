@@ -84,6 +84,31 @@ class Curated:
         dataset, part, number = self.place_of(row)
         return dataset.splits[part.split].read(number)
 
+    def judged_by(self, place: int) -> Iterator[tuple[int, str, int]]:
+        """(row, reason, match) of all that a stage dropped or flagged, in no order of rows."""
+        reasons = self.scored.column("reason")
+        for row in np.flatnonzero(self.verdict.dropped_by[: self.num_rows] == place).tolist():
+            judgement = self.verdict.told.get(row, {}).get(place)
+            if judgement is not None:
+                yield row, judgement.reason, judgement.match
+            else:
+                yield row, str(reasons[row].as_py()), -1
+        yield from self._flagged_by(place)
+
+    def _flagged_by(self, place: int) -> Iterator[tuple[int, str, int]]:
+        for row, places in self.verdict.flagged.items():
+            if place in places and self.verdict.dropped_by[row] == PASSED:
+                judgement = self.verdict.told[row][place]
+                yield row, judgement.reason, judgement.match
+        label, row = self.label(place), 0
+        for chunk in self.scored.column("flags").slice(0, self.num_rows).chunks:
+            for text in chunk.to_pylist():
+                if text and self.verdict.dropped_by[row] == PASSED:
+                    flags = json.loads(text)
+                    if label in flags:
+                        yield row, str(flags[label]), -1
+                row += 1
+
     def scores_of(self, row: int) -> dict[str, dict[str, float]]:
         """Scores that pass 1 gave a row, and those by which set stages judged it."""
         scores: dict[str, dict[str, float]] = {}

@@ -263,3 +263,30 @@ def test_a_killed_run_goes_on_without_scoring_again(
     curate(tools.pipeline(*stages), [str(noisy)], tmp_path / "b" / "clean")
     assert content(out) == content(tmp_path / "b" / "clean")
     assert not folder.exists()
+
+
+def test_a_run_killed_while_it_writes_leaves_nothing_behind(
+    noisy: Path, tools: SimpleNamespace, tmp_path: Path
+) -> None:
+    """The unfinished folder is its own; that of another program stays."""
+    config, out = tmp_path / "pipeline.yaml", tmp_path / "clean"
+    config.write_text("stages: [{type: picture_size, min_side: 100}]\n")
+    script = tmp_path / "run.py"
+    script.write_text(RUN.replace("    print", "    " + KILL_IN_PASS_3 + "\n    print", 1))
+    foreign = tmp_path / ".clean.partial-foreign"
+    foreign.mkdir()
+    command = [sys.executable, str(script), str(config), str(noisy), str(out)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".clean.partial-*"))) == 2
+    assert not out.exists()
+    curate(tools.pipeline({"type": "picture_size", "min_side": 100}), [str(noisy)], out)
+    assert sorted(p.name for p in tmp_path.glob(".clean*")) == [
+        path.name for path in tmp_path.glob(".clean.curation-*")
+    ] + [foreign.name]
+
+
+KILL_IN_PASS_3 = (
+    "import os, signal; from carillon.engine.data import shard_writer; "
+    "shard_writer.publish_folder = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+)
