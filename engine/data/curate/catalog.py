@@ -17,7 +17,9 @@ from carillon.engine.data.curate.stages.language import Language
 from carillon.engine.data.curate.stages.licence import Licence
 from carillon.engine.data.curate.stages.near_embeddings import NearEmbeddings
 from carillon.engine.data.curate.stages.near_pictures import NearPictures
+from carillon.engine.data.curate.stages.near_sounds import NearSounds
 from carillon.engine.data.curate.stages.near_texts import NearTexts
+from carillon.engine.data.curate.stages.near_videos import NearVideos
 from carillon.engine.data.curate.stages.nsfw import Nsfw
 from carillon.engine.data.curate.stages.ocr import Ocr
 from carillon.engine.data.curate.stages.picture_size import PictureSize
@@ -34,6 +36,8 @@ AnyStage = (
     | ExactDuplicates
     | NearPictures
     | NearTexts
+    | NearSounds
+    | NearVideos
     | NearEmbeddings
     | CaptionMatch
     | Language

@@ -60,7 +60,7 @@ def ray_scorer(address: str, workers: int) -> Scorer:
                 [part._asdict() for part in parts], override_num_blocks=len(parts)
             )
             scored = rows.map(
-                _PartScorer,  # type: ignore[arg-type]  # a class of callables is taken, too
+                _PartScorer,
                 fn_constructor_args=(job,),
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
                 num_cpus=1,

@@ -77,7 +77,8 @@ def test_what_cannot_be_run_ends_with_2_and_leaves_nothing(
 ) -> None:
     names = {"P": str(recipe), "SOURCE": str(source), "OUT": str(tmp_path / "out")}
     before = {path.name for path in tmp_path.iterdir()}
-    assert main(["curate", *(names.get(word, word) for word in words)]) == 2
+    given = [names.get(word, word) for word in words]
+    assert main(["curate", *given, "--no-registry"]) == 2
     assert message in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == before
 
@@ -89,7 +90,7 @@ def test_evaluation_sets_need_a_stage_that_compares(
     recipe = tmp_path / "p.yaml"
     recipe.write_text("stages: [{type: picture_size}]\n")
     words = ["curate", str(recipe), str(source), "--out", str(tmp_path / "out")]
-    assert main([*words, "--against", str(exams)]) == 2
+    assert main([*words, "--no-registry", "--against", str(exams)]) == 2
     assert "the pipeline has none; add for example" in capsys.readouterr().err
 
 
@@ -106,6 +107,15 @@ def test_ray_that_is_not_installed_is_named(
     words = ["curate", str(recipe), str(source), "--out", str(tmp_path / "out"), "--ray", "local"]
     assert main(words) == 2
     assert 'pip install "carillon-engine[ray]"' in capsys.readouterr().err
+
+
+def test_a_registry_that_cannot_be_used_is_told_before_the_work(
+    source: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["curate", str(recipe), str(source), "--out", str(tmp_path / "out")]
+    assert main([*words, "--registry", str(tmp_path / "absent" / "r.sqlite")]) == 2
+    assert "has no folder" in capsys.readouterr().err
+    assert list(tmp_path.glob("*out*")) == []
 
 
 def test_stages_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
