@@ -182,6 +182,13 @@ class DataConfig:
     prefetch_batches: int = setting(
         4, "Batches each worker keeps ready.", min=1, max=1000, hashed=False
     )
+    worker_timeout_s: float = setting(
+        300.0,
+        "Seconds after which a loader process that delivers nothing is replaced.",
+        min=5,
+        max=86_400,
+        hashed=False,
+    )
     max_bad_share: float = setting(
         0.01,
         "Stop when more than this share of the samples read is bad; judged from 200 reads on.",

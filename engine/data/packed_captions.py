@@ -22,6 +22,7 @@ from carillon.engine.data.packed_rows import IGNORED, PackedRows
 from carillon.engine.data.packing import Sizes, Stream, StreamState, pack_all
 from carillon.engine.data.positioned import FilteredSample, Positioned
 from carillon.engine.data.samples import RawSample, SampleError
+from carillon.engine.data.stages import StageBoard
 from carillon.engine.data.tokenizer import Tokenizer
 from carillon.engine.data.training_data import TrainingData
 
@@ -73,7 +74,8 @@ class PackedCaptions(Positioned[CaptionRows]):
         self._bad: list[tuple[str, str]] = []
         self._num_filtered = 0
 
-    def start(self, streams: Mapping[int, StreamState]) -> None:
+    def start(self, streams: Mapping[int, StreamState], board: StageBoard) -> None:
+        super().start(streams, board)
         self._states, self._streams = dict(streams), {}
 
     def batch(self, positions: Sequence[int]) -> CaptionRows:
@@ -84,8 +86,10 @@ class PackedCaptions(Positioned[CaptionRows]):
             number, stream = divmod(position, self.num_streams)
             assert streams[stream].packs == number, "a stream gives its packs in order"
             packs.append(streams[stream].next_pack())
+        with self.board.stage("collate"):
+            rows = self._rows(packs)
         return CaptionRows(
-            self._rows(packs),
+            rows,
             [caption.key for pack in packs for caption in pack],
             self._bad,
             self._num_filtered,
@@ -126,7 +130,8 @@ class PackedCaptions(Positioned[CaptionRows]):
     def _caption_of(self, position: int, raw: RawSample, purpose: str = "sample") -> Caption:
         generator = position_generator(self.seed, purpose, position)
         tokenizer, text = self._tokenizer, self.choose_caption(raw, generator)[1]
-        ids = tokenizer.ids(text)[: self._most - 2]
+        with self.board.stage("transform"):
+            ids = tokenizer.ids(text)[: self._most - 2]
         return Caption(raw.key, [tokenizer.bos_id, *ids, tokenizer.eos_id])
 
 

@@ -97,8 +97,9 @@ class PositionedSamples(Positioned[Batch]):
     def batch(self, positions: Sequence[int]) -> Batch:
         bad: list[tuple[str, str]] = []
         samples, num_filtered = self.draw(positions, bad, self._sample_of)
-        tokens, lengths = self.tokenizer.encode([s.caption for s in samples], self.context)
-        images = torch.from_numpy(np.stack([sample.image for sample in samples]))
+        with self.board.stage("collate"):
+            tokens, lengths = self.tokenizer.encode([s.caption for s in samples], self.context)
+            images = torch.from_numpy(np.stack([sample.image for sample in samples]))
         keys = [sample.key for sample in samples]
         languages = [sample.language for sample in samples]
         ids = torch.tensor([sample.pair_id for sample in samples]) if self.same_field else None
@@ -108,9 +109,12 @@ class PositionedSamples(Positioned[Batch]):
         generator = position_generator(self.seed, "sample", position)
         language, caption = self.choose_caption(raw, generator)
         same = pair_id(raw, self.same_field) if self.same_field is not None else NO_ID
+        media = raw.medium("image")
         try:
-            picture = decode_rgb(raw.medium("image"), min_side=self._min_side)
+            with self.board.stage("decode"):
+                picture = decode_rgb(media, min_side=self._min_side)
         except ValueError as error:
             raise SampleError(raw.key, str(error)) from None
-        image = train_transform(picture, self.size, self.config.augment.image, generator)
+        with self.board.stage("transform"):
+            image = train_transform(picture, self.size, self.config.augment.image, generator)
         return TrainingSample(position, raw.key, image, caption, language, same)

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from carillon.engine.config import UserError
 from carillon.engine.data.packing import StreamState
 from carillon.engine.data.samples import RawSample, SampleError
+from carillon.engine.data.stages import StageBoard
 from carillon.engine.data.training_data import Place, TrainingData, language_weights
 
 _MAX_BAD = 20  # at one position; a set this damaged is past any sensible max_bad_share
@@ -76,13 +77,21 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
 
     def __init__(self, data: TrainingData) -> None:
         self.data, self.config, self.seed = data, data.config, data.seed
+        self.aside: set[Place] = set()  # samples that loader processes end at
+        self.board = StageBoard(1)
         self._language_weights = language_weights(data.config, data.sets)
 
     turns: int | None = None  # steps until the same streams fill a batch again; none: no streams
     num_streams: int = 1
 
-    def start(self, streams: Mapping[int, StreamState]) -> None:
-        """Go on with streams where they stand; the next batches are asked for in order."""
+    def start(self, streams: Mapping[int, StreamState], board: StageBoard) -> None:
+        """Go on with streams where they stand; the next batches are asked for in order. What is
+        being done is written on the board."""
+        self.board = board
+
+    def set_aside(self, place: Place) -> None:
+        """A sample that is not to be read again."""
+        self.aside.add(place)
 
     @abstractmethod
     def batch(self, positions: Sequence[int]) -> B:
@@ -95,9 +104,12 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
         a traceback in a message.
         """
         try:
-            return self.batch(positions)
+            with self.board.stage("order"):
+                return self.batch(positions)
         except UserError as error:
             return error
+        finally:
+            self.board.at(None)
 
     def draw(
         self,
@@ -124,7 +136,7 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
         languages: Counter[str] = Counter()
         for attempt in range(_MAX_DRAWS):
             try:
-                return make(position, self.data.read(place)), num_filtered
+                return make(position, self._read(place)), num_filtered
             except FilteredSample as sample:
                 num_filtered += 1
                 languages.update(sample.languages)
@@ -135,6 +147,13 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
                 raise _all_bad(bad[-_MAX_BAD:])
             place = self.data.stand_in(place, position, attempt)
         raise self._none_qualifies(num_filtered, languages)
+
+    def _read(self, place: Place) -> RawSample:
+        if place in self.aside:
+            raise SampleError(self.data.key(place), "loader processes end at it; it was set aside")
+        self.board.at(place)
+        with self.board.stage("read"):
+            return self.data.read(place)
 
     def _none_qualifies(self, num_filtered: int, languages: Counter[str]) -> UserError:
         weights, allowed = self._language_weights, self.config.filters.lang_allow

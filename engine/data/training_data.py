@@ -116,13 +116,16 @@ class TrainingData:
     def read(self, place: Place) -> RawSample:
         """The sample at a place. Raises SampleError when it is damaged."""
         one = self.sets[place.set]
-        if self.mixture is None:
-            return one.split.read(place.row)
         try:
             raw = one.split.read(place.row)
         except SampleError as error:
-            raise SampleError(f"{one.name}/{error.key}", error.reason) from None
-        return raw._replace(key=f"{one.name}/{raw.key}")
+            raise SampleError(self._named(one, error.key), error.reason) from None
+        return raw._replace(key=self._named(one, raw.key))
+
+    def key(self, place: Place) -> str:
+        """The key of the sample at a place, from the index alone."""
+        one = self.sets[place.set]
+        return self._named(one, one.split.key(place.row))
 
     def validation_places(self) -> Iterator[Place]:
         """All held-out rows, those of the first set first."""
@@ -136,6 +139,9 @@ class TrainingData:
         drawn = self.mixture.drawn(position).tolist()
         pairs = zip(self.sets, self._ordered, drawn, strict=True)
         return {one.name: n / ordered.held_out.num_training for one, ordered, n in pairs}
+
+    def _named(self, one: OpenedSet, key: str) -> str:
+        return key if self.mixture is None else f"{one.name}/{key}"
 
     def _order_of(self, one: OpenedSet) -> _Ordered:
         held_out = HeldOut(len(one.split), self.config.validation_every)

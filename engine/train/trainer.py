@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from carillon.engine.config import UserError, config_hash
+from carillon.engine.data.loader import state_of_all
 from carillon.engine.data.order import stable_hash
 from carillon.engine.data.positioned import B
 from carillon.engine.log import Progress, Sink, cut_jsonl, logger
@@ -237,7 +238,7 @@ class Trainer(Generic[B]):
         self._report_batch(batch)
         work = self.task.work(batch)
         torch.manual_seed(stable_hash(self.config.experiment.seed, "step", self.step))
-        local = batch.to(self.world.device)
+        local = self.loader.on_device()
         shadow = self._shadow_loss(local) if self.shadow.due(self.step + 1) else None
         loss = self.task.forward_backward(local)
         norm = self._clip()
@@ -397,7 +398,7 @@ class Trainer(Generic[B]):
             "step": self.step,
             "metric": self._metric,
             "best": {str(step): metric for step, metric in self.best.items()},
-            "loader": self._loader_state(),
+            "loader": state_of_all(self._gather(self.loader.state_dict())),
             "joined": self.loader.samples.data.joined,
             "guard": self.guard.state_dict(),
             "fp8_shadow": self.shadow.state_dict(),
@@ -423,10 +424,3 @@ class Trainer(Generic[B]):
             ranked = sorted(self.best, key=lambda step: (-self.best[step], step))
             self.best = {step: self.best[step] for step in ranked[:keep]}
         self.store.protect(set(self.best))
-
-    def _loader_state(self) -> dict[str, Any]:
-        """Counts and streams of all ranks: the next run may have other ranks."""
-        parts = self._gather(self.loader.state_dict())
-        sums = {name: sum(part[name] for part in parts) for name in self.loader.counts()}
-        streams = {number: s for part in parts for number, s in part["streams"].items()}
-        return {**parts[0], **sums, "streams": streams}
