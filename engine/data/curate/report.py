@@ -21,6 +21,7 @@ from carillon.engine.data.curate.report_charts import histogram, share_bar
 from carillon.engine.data.curate.report_examples import examples_of, figure
 from carillon.engine.data.curate.score import PASSED
 from carillon.engine.data.curate.stage import SetStage
+from carillon.engine.data.curate.stages.pii import Pii
 from carillon.engine.data.curate.write import Curated
 
 REPORT_NAME = "report.html"
@@ -94,10 +95,7 @@ def _stage_row(curated: Curated, place: int) -> list[str]:
     stage = curated.pipeline.stages[place]
     dropped = int((curated.verdict.dropped_by[: curated.num_rows] == place).sum())
     flagged = sum(1 for _ in curated.judged_by(place)) - dropped
-    captions = sum(
-        json.loads(text).get(stage.label, 0)
-        for text in _texts(curated, "captions_removed", curated.num_rows)
-    )
+    captions = _captions_removed(curated, place)
     return [
         f'<a href="#stage{place}">{escape(stage.label)}</a>',
         escape(str(stage.type)),
@@ -107,6 +105,11 @@ def _stage_row(curated: Curated, place: int) -> list[str]:
         f"{captions:,}",
         share_bar(dropped / max(1, curated.num_rows)),
     ]
+
+
+def _captions_removed(curated: Curated, place: int) -> int:
+    removed = map(json.loads, _texts(curated, "captions_removed", curated.num_rows))
+    return sum(one.get(curated.label(place), 0) for one in removed)
 
 
 def _texts(curated: Curated, column: str, num_rows: int) -> Iterator[str]:
@@ -120,13 +123,27 @@ def _stage_section(curated: Curated, place: int) -> str:
     described = (type(stage).__doc__ or "").strip().split("\n")[0]
     reasons = Counter(_reasons(curated, place))
     listed = [[escape(r), f"{n:,}"] for r, n in reasons.most_common(_MAX_REASONS)]
-    table = _table(("reason", "items"), listed, numbers=(1,)) if listed else "<p>Nothing.</p>"
+    table = _table(("reason", "items"), listed, numbers=(1,)) if listed else ""
     figures = [figure(curated, *found) for found in examples_of(curated, place)]
     grid = f'<h3>Examples</h3><div class="examples">{"".join(figures)}</div>' if figures else ""
     return (
         f'<section id="stage{place}"><h2>{escape(stage.label)}</h2><p>{escape(described)}</p>'
-        f"{''.join(_histograms(curated, place))}{table}{grid}</section>"
+        f"{''.join(_histograms(curated, place))}{_words(curated, place)}{table}{grid}</section>"
     )
+
+
+def _words(curated: Curated, place: int) -> str:
+    """What a stage did, in a sentence."""
+    stage = curated.pipeline.stages[place]
+    num_items = sum(1 for _ in curated.judged_by(place))
+    done = [f"{num_items:,} items do not pass."] if num_items else []
+    if removed := _captions_removed(curated, place):
+        done.append(f"{removed:,} single captions were removed.")
+    if isinstance(stage, Pii) and stage.replace:
+        finds = curated.scored.column(f"score{place}.finds").slice(0, curated.num_rows)
+        replaced = int((finds.drop_null().to_numpy() > 0).sum())
+        done.append(f"Personal data was replaced in {replaced:,} items.")
+    return f"<p>{' '.join(done) or 'Everything passes.'}</p>"
 
 
 def _histograms(curated: Curated, place: int) -> Iterator[str]:

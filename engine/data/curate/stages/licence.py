@@ -1,8 +1,9 @@
 """Keeps items under licences that are allowed.
 
-Names are compared as SPDX identifiers without regard to case; `*` stands for anything, so that
-`CC-BY-*` allows every version. A list such as `MIT OR GPL-2.0-only` passes if one of it is allowed,
-`A AND B` if all are. Left out: reading licences from texts.
+Names are compared as SPDX identifiers without regard to case. In `allow`, `*` stands for anything
+without a hyphen: `CC-BY-*` allows CC-BY-4.0 and not CC-BY-NC-4.0; alone it allows all. In `deny` it
+stands for anything: `*-NC-*` denies all these. A list such as `MIT OR GPL-2.0-only` passes if one
+of it is allowed, `A AND B` if all are. Left out: reading licences from texts.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ class Licence(Stage):
 
     type: Literal["licence"] = setting("licence", "Kind of stage.")
     allow: tuple[str, ...] = setting(
-        ("*",), "SPDX names that may stay; * stands for anything, as in CC-BY-*."
+        ("*",), "SPDX names that may stay; in CC-BY-* the * stands for a part without hyphens."
     )
-    deny: tuple[str, ...] = setting((), "SPDX names that may not, whatever `allow` says.")
+    deny: tuple[str, ...] = setting(
+        (), "SPDX names that may not stay, as *-NC-*, whatever `allow` says."
+    )
     unstated: Literal["allow", "deny"] = setting(
         "deny", "Whether items without a licence may stay."
     )
@@ -48,5 +51,14 @@ class Licence(Stage):
 
     def _allowed(self, name: str) -> bool:
         lowered = name.strip("() ").lower()
-        matches = [fnmatchcase(lowered, pattern.lower()) for pattern in self.deny]
-        return not any(matches) and any(fnmatchcase(lowered, p.lower()) for p in self.allow)
+        if any(fnmatchcase(lowered, pattern.lower()) for pattern in self.deny):
+            return False
+        return any(_matches(lowered, pattern.lower()) for pattern in self.allow)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether part by part between hyphens; what `*` lets in must not be another licence."""
+    if pattern == "*":
+        return True
+    parts, patterns = name.split("-"), pattern.split("-")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))

@@ -51,6 +51,7 @@ def text(tools: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> st
     folder = tmp_path_factory.mktemp("report")
     samples = [tools.sample(f"s{i}", i, licence="CC0-1.0") for i in range(8)]
     samples += [tools.sample("twin", 2, licence="MIT")]
+    samples[0] = tools.sample("s0", 0, "a drawing, mail ann@b.example", licence="CC0-1.0")
     small = tools.jpeg(tools.scene(30).resize((40, 40)))
     samples += [("small", {"jpg": small}, {"captions": {"en": [HOSTILE, "mail ann@b.example"]}})]
     samples += [("broken", {"jpg": b"\xff\xd8\xff<b>"}, {"captions": {"de": ["kaputt"]}})]
@@ -103,6 +104,8 @@ def test_the_page_has_counts_reasons_examples_and_tables(text: str) -> None:
 
 def test_personal_data_does_not_reach_the_page(text: str) -> None:
     assert "ann@b.example" not in text
+    assert "Personal data was replaced in 1 items." in text
+    assert "8 items do not pass." in text
 
 
 def test_histograms_hold_limits_and_odd_values() -> None:

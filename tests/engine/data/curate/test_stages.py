@@ -48,7 +48,9 @@ def found(one: Stage, of: Item) -> Finding:
     [
         ("CC-BY-4.0", {"allow": ["CC-BY-*"]}, True),
         ("cc-by-4.0", {"allow": ["CC-BY-4.0"]}, True),
-        ("CC-BY-NC-4.0", {"allow": ["CC-BY-*"], "deny": ["*-NC-*"]}, False),
+        ("CC-BY-NC-4.0", {"allow": ["CC-BY-*"]}, False),
+        ("CC-BY-NC-4.0", {"allow": ["*"]}, True),
+        ("CC-BY-NC-4.0", {"allow": ["*"], "deny": ["*-NC-*"]}, False),
         ("MIT OR GPL-2.0-only", {"allow": ["MIT"]}, True),
         ("MIT AND GPL-2.0-only", {"allow": ["MIT"]}, False),
         ("", {"allow": ["*"]}, False),
