@@ -10,7 +10,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 QUICKSTART := recipes/emoji_quickstart.yaml
 OPERATORS := contrastive packed_attention moe_routing fp8_cast image_normalize
 
-.PHONY: help install install-dev quickstart test asan lint bench-cpu bench-table bench-env bench-peers bench-decode bench-scaling parity prove-kill prove-fp8 fuzz-decode clean
+.PHONY: help install install-dev quickstart test asan lint bench-cpu bench-table bench-env bench-peers bench-decode bench-scaling parity prove-kill prove-fp8 prove-duplicates prove-curation fuzz-decode clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -114,6 +114,13 @@ fuzz-decode: install-dev  ## damage thousands of files for the decoders (some th
 	@mkdir -p build
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_LAST=build/fuzz-last $(BIN)/python -m pytest -q \
 	  --timeout 3600 tests/engine/data/decode/test_fuzz.py
+
+prove-duplicates: install-dev  ## how many planted duplicates curation finds (JSON; two minutes)
+	$(BIN)/python benchmarks/prove_duplicates.py
+
+prove-curation: install-dev  ## speed, kills and Ray Data: the same kept set (JSON; four minutes)
+	$(BIN)/pip install -q -e ".[ray]" --no-build-isolation
+	$(BIN)/python benchmarks/prove_curation.py
 
 clean:  ## remove build products (not runs, data or .venv)
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -27,6 +27,11 @@ COMMANDS = (
     Command(("train",), "carillon.engine.train.command", "train a model from a YAML config"),
     Command(("ingest",), "carillon.engine.data.ingest", "bring your own pairs into a data set"),
     Command(
+        ("curate",),
+        "carillon.engine.data.curate.command",
+        "take duplicates and bad items out of data sets",
+    ),
+    Command(
         ("embed",),
         "carillon.engine.index.embedding",
         "turn a data set into vectors by a run's model",

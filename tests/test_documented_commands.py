@@ -5,6 +5,7 @@ appended, as a user could, so that it takes seconds. What a CPU machine cannot d
 NOT_RUN, with the reason and the file that tests it instead.
 """
 
+import io
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import pytest
 from PIL import Image
 
 from carillon.engine.cli import main as carillon
+from carillon.engine.data.shards import ShardWriter
 from carillon.engine.train.checkpoint import list_checkpoints
 from carillon.engine.train.run_config import load_config
 
@@ -99,6 +101,16 @@ def draw_photos(folder: Path) -> None:
         (folder / f"{i:02d}.txt").write_text(f"a photo of {colour}\n")
 
 
+def write_raw_set(out: Path) -> None:
+    """20 pictures of noise, the first of them twice, for curation."""
+    with ShardWriter(out, name="raw", source={"made": "for tests"}) as writer:
+        for i in range(20):
+            noise = np.random.default_rng(max(1, i)).integers(0, 256, (80, 96, 3), np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(noise).save(buffer, "PNG")
+            writer.write(f"raw{i}", {"png": buffer.getvalue()}, {"captions": {"en": ["noise"]}})
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: the recipes, the set they name, and what a reader brings."""
@@ -106,6 +118,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     Path("recipes").symlink_to(ROOT / "recipes")
     TINY_SET["write_set"](Path("data/emoji"), load_config(RECIPE, []))
+    write_raw_set(Path("data/raw"))
     draw_photos(Path("photos"))
     shutil.copy("photos/00.jpg", "dog.jpg")
     rows = [f"photos/{i:02d}.jpg,a photo,ein Foto" for i in range(40)]

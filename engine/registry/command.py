@@ -137,6 +137,12 @@ def show_lineage(registry: Registry, checkpoint: str) -> None:
         tables.append(_pairs(f"data set {found.dataset.name}", details))
         rows = [(s.split, s.file, s.num_samples, s.sha256) for s in found.shards]
         tables.append(_table("shards", ("split", "file", "samples", "sha256"), rows))
+    if found.ancestors:
+        made = [
+            (one.steps, one.relation, one.dataset.name, one.dataset.fingerprint)
+            for one in found.ancestors
+        ]
+        tables.append(_table("made from", ("steps", "by", "data set", "fingerprint"), made))
     _print(*tables)
 
 

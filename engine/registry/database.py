@@ -21,7 +21,7 @@ from carillon.engine.config import UserError
 from carillon.engine.registry.tables import VERSION_TABLE, Base
 
 LOCK_TIMEOUT_S = 10.0
-NEWEST_REVISION = "0001"
+NEWEST_REVISION = "0002"
 _MIGRATION_LOCK = 0x6361726C  # any number that no other program on the server locks by
 
 

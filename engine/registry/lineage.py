@@ -1,6 +1,7 @@
 """From a checkpoint back to the bytes it was trained on, by content hashes.
 
-checkpoint -> run (config hash, git commit) -> data set (fingerprint) -> shards (SHA-256).
+checkpoint -> run (config hash, git commit) -> data set (fingerprint) -> shards (SHA-256), and the
+data sets that this one was made from.
 Reads only. Left out: checking the hashes against the files, which opening them does.
 """
 
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Select, or_, select
+from sqlalchemy.orm import Session
 
 from carillon.engine.registry.database import RegistryError
 from carillon.engine.registry.store import Registry
 from carillon.engine.registry.tables import (
     CheckpointRow,
+    DatasetLinkRow,
     DatasetRow,
     EvaluationRow,
     TrainingRunRow,
@@ -34,6 +37,15 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ancestor:
+    """A data set that another was made from, in so many steps."""
+
+    steps: int
+    relation: str
+    dataset: DatasetRow
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lineage:
     """Where a checkpoint comes from. Rows are detached: they can be read, not written."""
 
@@ -42,6 +54,7 @@ class Lineage:
     run: TrainingRunRow
     dataset: DatasetRow | None
     shards: Sequence[Shard]
+    ancestors: Sequence[Ancestor] = ()
 
 
 def trace(registry: Registry, checkpoint: str) -> Lineage:
@@ -70,6 +83,7 @@ def trace(registry: Registry, checkpoint: str) -> Lineage:
             .where(EvaluationRow.checkpoint_id == row.id)
             .order_by(EvaluationRow.suite_name)
         ).all()
+        ancestors = ancestors_of(session, dataset.id) if dataset else ()
         session.expunge_all()
     return Lineage(
         checkpoint=row,
@@ -77,7 +91,29 @@ def trace(registry: Registry, checkpoint: str) -> Lineage:
         run=run,
         dataset=dataset,
         shards=shards_of(dataset.details) if dataset else (),
+        ancestors=ancestors,
     )
+
+
+def ancestors_of(session: Session, dataset_id: int) -> Sequence[Ancestor]:
+    """The data sets that one was made from, and those from which these were, nearest first."""
+    found: list[Ancestor] = []
+    seen, current = {dataset_id}, [dataset_id]
+    while current:
+        links = session.scalars(
+            select(DatasetLinkRow)
+            .where(DatasetLinkRow.dataset_id.in_(current))
+            .order_by(DatasetLinkRow.id)
+        ).all()
+        steps = found[-1].steps + 1 if found else 1
+        current = []
+        for link in links:
+            if link.parent_id not in seen:
+                seen.add(link.parent_id)
+                current.append(link.parent_id)
+                parent = session.get_one(DatasetRow, link.parent_id)
+                found.append(Ancestor(steps=steps, relation=link.relation, dataset=parent))
+    return found
 
 
 def shards_of(details: dict[str, Any]) -> tuple[Shard, ...]:

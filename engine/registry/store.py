@@ -7,7 +7,7 @@ only (items.py), since a set may have a billion.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,7 @@ from carillon.engine.registry.database import (
 from carillon.engine.registry.tables import (
     RUN_STATUSES,
     CheckpointRow,
+    DatasetLinkRow,
     DatasetRow,
     EvaluationRow,
     TrainingRunRow,
@@ -84,6 +85,30 @@ class Registry:
             row.details = storable({"splits": splits, "source": dict(manifest.source)})
             session.flush()
             return row.id
+
+    def record_derived(
+        self,
+        dataset: Dataset,
+        parents: Sequence[Dataset],
+        *,
+        relation: str,
+        details: Mapping[str, Any],
+    ) -> int:
+        """Makes sure of a data set's row, of its parents' and of the links; returns its id."""
+        parent_ids = [self.record_dataset(parent) for parent in parents]
+        dataset_id = self.record_dataset(dataset)
+        with self.writing() as session:
+            for parent_id in parent_ids:
+                row = session.scalar(
+                    select(DatasetLinkRow)
+                    .where(DatasetLinkRow.dataset_id == dataset_id)
+                    .where(DatasetLinkRow.parent_id == parent_id)
+                )
+                if row is None:
+                    row = DatasetLinkRow(dataset_id=dataset_id, parent_id=parent_id)
+                    session.add(row)
+                row.relation, row.details = relation, storable(details)
+        return dataset_id
 
     def start_run(
         self,

@@ -1,4 +1,4 @@
-"""The SQL tables of the lineage: data sets, their items, runs, checkpoints and evaluations.
+"""The SQL tables of the lineage: data sets, their links and items, runs, checkpoints, evaluations.
 
 Portable between SQLite and PostgreSQL: JSON is JSONB there, times are UTC in both. Rows point at
 each other by id, and carry the content hashes (fingerprint, config_hash, content_hash) by which
@@ -89,6 +89,19 @@ class DatasetRow(Base):
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     details: Mapped[dict[str, Any]] = mapped_column("metadata", Json)  # the name is SQLAlchemy's
     fingerprint: Mapped[str] = mapped_column(unique=True)
+
+
+class DatasetLinkRow(Base):
+    """A data set was made from another: `relation` says how, such as `curate`."""
+
+    __tablename__ = "dataset_links"
+    __table_args__ = (UniqueConstraint("dataset_id", "parent_id"),)
+
+    id: Mapped[int] = mapped_column(Identity, primary_key=True)
+    dataset_id: Mapped[int] = mapped_column(ForeignKey("datasets.id", ondelete="CASCADE"))
+    parent_id: Mapped[int] = mapped_column(ForeignKey("datasets.id"))
+    relation: Mapped[str]
+    details: Mapped[dict[str, Any]]
 
 
 class DataItemRow(Base):

@@ -25,7 +25,7 @@ from carillon.engine.registry.database import (
     reading,
 )
 from carillon.engine.registry.migrations.upgrade import known_revisions
-from carillon.engine.registry.migrations.versions import first_tables
+from carillon.engine.registry.migrations.versions import dataset_links, first_tables
 from carillon.engine.registry.store import Registry
 from carillon.engine.registry.tables import VERSION_TABLE, Base, TrainingRunRow
 
@@ -94,6 +94,7 @@ def test_postgresql_ddl_of_migration_and_model_agree() -> None:
     )
     with Operations.context(context):
         first_tables.upgrade()
+        dataset_links.upgrade()
     migrated = _lines(buffer.getvalue())
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     modelled = set()

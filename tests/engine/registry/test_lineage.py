@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from carillon.engine.data.shards import Dataset
+from carillon.engine.data.shard_writer import ShardWriter
+from carillon.engine.data.shards import Dataset, open_dataset
 from carillon.engine.registry.database import RegistryError
 from carillon.engine.registry.lineage import trace
 from carillon.engine.registry.store import Registry
@@ -44,6 +45,26 @@ def test_hash_prefix_and_folder_lead_to_the_bytes(
         for shard in found.shards:
             content = (Path(found.dataset.source_uri) / shard.file).read_bytes()
             assert hashlib.sha256(content).hexdigest() == shard.sha256
+
+
+def test_a_set_leads_to_those_that_it_was_made_from(
+    trained: Registry, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Raw to middle to the one that was trained on; entering the links twice changes nothing."""
+    sets = []
+    for name in ("raw", "middle"):
+        with ShardWriter(tmp_path / name, name=name, source={}) as writer:
+            writer.write(name, {"jpg": name.encode()}, {})
+        sets.append(open_dataset(tmp_path / name))
+    raw, middle = sets
+    for _ in range(2):
+        trained.record_derived(middle, [raw], relation="ingest", details={})
+        trained.record_derived(dataset, [middle], relation="curate", details={"pipeline": "p"})
+    found = trace(trained, HASH).ancestors
+    assert [(one.steps, one.relation, one.dataset.fingerprint) for one in found] == [
+        (1, "curate", middle.fingerprint),
+        (2, "ingest", raw.fingerprint),
+    ]
 
 
 def test_a_folder_is_that_of_the_run_trained_anew(trained: Registry, tmp_path: Path) -> None:
