@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
@@ -185,6 +186,17 @@ def add_registry(parser: argparse.ArgumentParser, default: str = DEFAULT_REGISTR
         metavar="LOCATION",
         help=f"a SQLite file or postgresql+psycopg://... (default {DEFAULT_REGISTRY})",
     )
+
+
+def open_registry(location: str) -> Registry:
+    """Opens the registry that a command writes to; the folder of the default one is made.
+
+    Raises:
+        RegistryError: see database.open_database.
+    """
+    if location == DEFAULT_REGISTRY:
+        Path(location).parent.mkdir(exist_ok=True)
+    return Registry.open(location)
 
 
 def _summary(row: TrainingRunRow) -> tuple[object, ...]:

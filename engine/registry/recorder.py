@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from carillon.engine.data.config import JoinConfig
 from carillon.engine.data.training_data import OpenedSet
 from carillon.engine.registry.database import RegistryError
+from carillon.engine.registry.datasets import superseded
 from carillon.engine.registry.store import Registry, RunDataset
 
 logger = logging.getLogger("carillon")
@@ -57,6 +58,14 @@ class RunRecorder:
         registry = Registry.open(location)
         for one in sets:
             registry.record_dataset(one.dataset)
+        for row in superseded(registry, [one.dataset.fingerprint for one in sets]):
+            logger.warning(
+                "the data set %s (%s) is superseded: items were erased from it; "
+                "`carillon data lineage %s` names the version to train on",
+                row.name,
+                row.source_uri,
+                row.fingerprint[:12],
+            )
         run_id = registry.start_run(
             name,
             config_hash=config_hash,
