@@ -162,11 +162,12 @@ class _Upright:
         return shown
 
     def __call__(self, frame: Any) -> NDArray[np.uint8]:
-        scaled = self._scaler.reformat(
-            frame, self._width, self._height, interpolation=_FILTER, threads=1
-        )
+        if frame.width != self._width or frame.height != self._height:
+            frame = self._scaler.reformat(
+                frame, self._width, self._height, interpolation=_FILTER, threads=1
+            )
         rgb: Any = self._converter.reformat(
-            scaled, format="rgb24", interpolation=_COLOURS, threads=1
+            frame, format="rgb24", interpolation=_COLOURS, threads=1
         )
         pixels: NDArray[np.uint8] = rgb.to_ndarray()
         return np.rot90(pixels, self._turns) if self._turns else pixels

@@ -66,6 +66,23 @@ def test_a_window_has_the_samples_of_the_whole(codec: str) -> None:
     assert np.abs(window.samples - expected).max() < (1e-7 if codec != "opus" else 1e-3)
 
 
+@pytest.mark.parametrize("subtype", ["PCM_S8", "PCM_16", "PCM_24"])
+def test_a_whole_flac_has_the_samples_of_libsndfile(subtype: str) -> None:
+    noise = np.random.default_rng(5).uniform(-1, 1, (5000, 3))
+    noise[:2] = [[-1, 1, 0], [1, -1, 2.0**-7]]
+    buffer = io.BytesIO()
+    soundfile.write(buffer, noise, 44_100, format="FLAC", subtype=subtype)
+    theirs, _ = soundfile.read(io.BytesIO(buffer.getvalue()), dtype="float32")
+    assert np.array_equal(decode_audio(buffer.getvalue()).samples, theirs.T)
+
+
+def test_a_flac_with_flipped_bits_is_refused() -> None:
+    data = bytearray(encoded(tone(16_000), 16_000, "flac"))
+    data[len(data) // 2] ^= 0x10
+    with pytest.raises(AudioError, match="ends after"):
+        decode_audio(bytes(data))
+
+
 def test_a_window_may_reach_past_the_end_but_not_start_there() -> None:
     data = encoded(tone(8_000), 8_000, "flac")
     assert decode_audio(data, start_s=0.75, duration_s=9.0).samples.shape == (1, 2_000)
