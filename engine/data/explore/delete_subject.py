@@ -169,7 +169,7 @@ def _tell_plan(
             "confirm": code,
             "purge": [name for name, _ in files],
         }
-        print(json.dumps(plan, indent=1, ensure_ascii=False))
+        print(json.dumps(plan, indent=1))
         return
     _tell_items(dataset, request.items)
     if num_copies:
@@ -229,7 +229,7 @@ def _erase(args: argparse.Namespace, dataset: Dataset, request: Request) -> None
         "purged": [name for name, _ in files],
     }
     if args.json:
-        print(json.dumps(result, indent=1, ensure_ascii=False))
+        print(json.dumps(result, indent=1))
     else:
         _tell_result(result)
         if args.purge:

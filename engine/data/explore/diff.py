@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     """Run `carillon data diff`. Raises UserError."""
     found = diff(open_dataset(args.before), open_dataset(args.after))
     if args.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print(json.dumps(found, indent=1))
     else:
         print_tables(*_tables(found, max(args.keys, 0)))
     return 0

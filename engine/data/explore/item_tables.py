@@ -132,13 +132,24 @@ def _whole(shard: Shard, row: int) -> Meta:
     return Meta(row, sample.key, tuple(sample.members), sample.meta)
 
 
+def _encodable(row: dict[str, Any]) -> dict[str, Any]:
+    """Without lone surrogates, which a foreign JSON may hold and no table can."""
+    return {name: _without_surrogates(value) for name, value in row.items()}
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_surrogates(one) for one in value]
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
 def _read_from_samples(shard: Shard) -> pa.Table:
     rows: list[dict[str, Any]] = []
     split = shard.dataset.splits[shard.split]
     for row in range(shard.start, shard.start + shard.files.num_samples):
         try:
             sample = split.read(row)
-            rows.append(item_row(sample.key, sample.members, sample.meta, 0))
+            rows.append(_encodable(item_row(sample.key, sample.members, sample.meta, 0)))
         except SampleError as error:
             rows.append(dict.fromkeys(SCHEMA.names) | {"key": error.key})
     loose = pa.schema([pa.field(field.name, field.type) for field in SCHEMA])

@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     with registry.reading() as session:
         found = lineage_of(session, find_dataset(session, args.dataset))
     if args.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print(json.dumps(found, indent=1))
     else:
         print_tables(*lineage_tables(found))
     return 0

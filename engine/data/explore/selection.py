@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from carillon.engine.config import UserError
 from carillon.engine.data.explore.item_tables import Meta, Shard, items_of, metas_of, shards_of
+from carillon.engine.data.explore.stats import UNSTATED
 from carillon.engine.data.shards import Dataset
 from carillon.engine.data.tombstones import NO_MEDIA_SHA256
 
@@ -171,11 +172,14 @@ def _by_table(shard: Shard, conditions: Sequence[Condition]) -> Iterator[Found]:
     columns = dict.fromkeys(["key", "sha256", *(_COLUMNS[one.field] for one in conditions)])
     items = items_of(shard, list(columns))
     for place, item in enumerate(items.to_pylist()):
-        if all(one.holds(_listed(item[_COLUMNS[one.field]])) for one in conditions):
+        if all(one.holds(_listed(one.field, item)) for one in conditions):
             yield Found(shard.split, shard.start + place, item["key"], item["sha256"] or "")
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(field: str, item: dict[str, Any]) -> list[Any]:
+    value = item[_COLUMNS[field]]
+    if field == "licence" and value is None:
+        return [UNSTATED]  # as the counts call it
     return value if isinstance(value, list) else [value]
 
 

@@ -17,6 +17,7 @@ from carillon.engine.data.explore.cards import card_of
 from carillon.engine.data.explore.selection import keyed, parse_conditions, select
 from carillon.engine.data.publish import publish_file
 from carillon.engine.data.shards import Dataset, open_dataset
+from carillon.engine.eval.text_layout import shown
 
 DEFAULT_NUM, MAX_NUM = 24, 1000
 
@@ -73,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
         page = html_page(dataset.name, about, cards)
     publish_file(args.out, page, parents=True)
     damaged = sum(card.error is not None for card in cards)
-    print(f"{args.out}: {about}" + (f"; {damaged:,} cannot be read" if damaged else ""))
+    print(f"{args.out}: {shown(about)}" + (f"; {damaged:,} cannot be read" if damaged else ""))
     return 0
 
 

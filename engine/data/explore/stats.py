@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
     """Run `carillon data stats`. Raises UserError."""
     found = stats(open_dataset(args.dataset), caption_samples=args.caption_samples)
     if args.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print(json.dumps(found, indent=1))
     else:
         print_tables(*_tables(found))
     return 0

@@ -24,6 +24,7 @@ from carillon.engine.data.explore.shard_check import Problem, ShardTask, check_s
 from carillon.engine.data.explore.terminal import print_tables, size, table
 from carillon.engine.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from carillon.engine.data.shards import open_dataset
+from carillon.engine.eval.text_layout import shown
 
 SHOWN = 50
 EXIT_DAMAGED = 2
@@ -59,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if args.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print(json.dumps(found, indent=1))
     else:
         _tell(found)
     return EXIT_DAMAGED if found["num_problems"] else 0
@@ -157,7 +158,7 @@ def _wrong_counts(
 
 def _tell(found: dict[str, Any]) -> None:
     checked = (
-        f"{found['name']}: {found['shards']:,} shards, {found['samples_read']:,} samples, "
+        f"{shown(found['name'])}: {found['shards']:,} shards, {found['samples_read']:,} samples, "
         f"{size(found['bytes'])}"
     )
     if not found["num_problems"]:

@@ -23,6 +23,7 @@ def keys(dataset: Dataset, *conditions: str) -> list[str]:
         (["language=fr", "split=held_out"], ["picture3"]),
         (["modality=audio"], ["sound0", "sound1"]),
         (["licence!=CC0-1.0"], ["picture2", "sound0", "sound1", "picture3"]),
+        (["licence=unstated"], ["sound0", "sound1"]),
         (["licence~by"], ["picture2", "picture3"]),
         (["duration_s>=0.5"], ["sound0", "sound1"]),
         (["width<48"], []),

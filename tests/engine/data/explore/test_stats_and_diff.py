@@ -58,21 +58,31 @@ def test_captions_of_some_samples_alone(dataset: Dataset, run: Callable[..., str
     assert "--caption-samples -1" in run("stats", "small", "--caption-samples", "-1", code=2)
 
 
-def test_plain_tars_are_counted_by_reading(tmp_path: Path) -> None:
-    """The second sample's JSON is no JSON: it is counted as unreadable, not left out."""
+def test_plain_tars_are_counted_by_reading(
+    tmp_path: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second sample's JSON is no JSON: it is counted as unreadable, not left out. The third's
+    holds what is no text."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, data in (
             ("a.jpg", b"x"),
             ("a.json", b'{"captions": {"en": ["one"]}, "licence": "MIT"}'),
             ("b.jpg", b"x"),
             ("b.json", b"{"),
+            ("c.jpg", b"x"),
+            ("c.json", b'{"licence": "\\ud800", "captions": {"\\ud800": ["y"]}}'),
         ):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, BytesIO(data))
     found = stats(open_dataset(tmp_path / "x.tar"))
-    assert (found["num_samples"], found["unreadable"]) == (2, 1)
-    assert (found["licences"], found["languages"]) == ({"MIT": 1}, {"en": 1})
+    assert (found["num_samples"], found["unreadable"]) == (3, 1)
+    assert (found["licences"], found["languages"]) == ({"?": 1, "MIT": 1}, {"?": 1, "en": 1})
+    for command in (["stats", "x.tar"], ["diff", "x.tar", "x.tar"]):
+        run(*command)
+        run(*command, "--json")
+    run("show", "x.tar", "--out", "x.html")
 
 
 def test_items_of_another_shard_are_refused(dataset: Dataset) -> None:

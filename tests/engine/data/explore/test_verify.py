@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies
 
+from carillon.engine.config import UserError
 from carillon.engine.data.explore.shard_check import MAX_LISTED, ShardReport
 from carillon.engine.data.explore.verify import verify
 from carillon.engine.data.items import items_bytes, read_items
@@ -165,3 +167,23 @@ def test_plain_tars(tmp_path: Path, dataset: Dataset, monkeypatch: pytest.Monkey
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))  # else it is indexed anew
     found = verify(str(shard))
     assert [one["key"] for one in found["problems"]] == [None, "picture1"]
+
+
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=strategies.data())
+def test_any_flipped_bit_is_found(dataset: Dataset, data: strategies.DataObject) -> None:
+    path = data.draw(strategies.sampled_from(sorted(dataset.path.iterdir())))
+    content = path.read_bytes()
+    place = data.draw(strategies.integers(0, len(content) - 1))
+    changed = bytearray(content)
+    changed[place] ^= 1 << data.draw(strategies.integers(0, 7))
+    path.write_bytes(changed)
+    try:
+        named = {file for file, _, _ in problems(dataset)}
+    except UserError as error:  # the manifest's own damage
+        named = {"dataset.json"} if str(dataset.path / "dataset.json") in str(error) else set()
+    finally:
+        path.write_bytes(content)
+    assert path.name in named
