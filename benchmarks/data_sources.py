@@ -22,7 +22,7 @@ NUM_WEB, NUM_STORE, NUM_EVALUATION = 600, 200, 100
 STORE_SOURCES = ("s3://bucket/photos", "s3://bucket/tars/own.tar", "s3://bucket/tars/hostile.tar")
 MISTAKES = 4  # times that each kind of bad item comes
 SPAM = "buy cheap buy cheap buy cheap buy cheap buy cheap"
-FREE, CLOSED = "CC-BY-4.0", "LicenseRef-all-rights-reserved"
+FREE, CLOSED = "LicenseRef-research", "LicenseRef-all-rights-reserved"
 
 
 class Photo(NamedTuple):

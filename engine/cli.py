@@ -43,6 +43,22 @@ COMMANDS = (
         "carillon.engine.registry.register",
         "enter a data set in the registry",
     ),
+    Command(("data", "show"), "carillon.engine.data.explore.show", "look at items: PNG or HTML"),
+    Command(("data", "stats"), "carillon.engine.data.explore.stats", "count what is in a data set"),
+    Command(("data", "diff"), "carillon.engine.data.explore.diff", "compare two versions of a set"),
+    Command(
+        ("data", "lineage"),
+        "carillon.engine.data.explore.lineage",
+        "what a set was made from, and what was trained on it",
+    ),
+    Command(
+        ("data", "verify"), "carillon.engine.data.explore.verify", "check every checksum of a set"
+    ),
+    Command(
+        ("data", "delete-subject"),
+        "carillon.engine.data.explore.delete_subject",
+        "erase a subject's items into a new version",
+    ),
     Command(("tokenizer",), "carillon.engine.data.tokenizer", "train or look into a tokenizer"),
     Command(
         ("config", "check"), "carillon.engine.train.check", "check a config file and name its run"
@@ -64,7 +80,7 @@ COMMANDS = (
 
 # What `carillon NOUN --help` begins with; its examples are those of its verbs.
 NOUNS = {
-    "data": "Build the data set of the recipes, or enter a data set in the registry.",
+    "data": "Build the data sets of the recipes, look into a data set, or erase from it.",
     "config": "Check a config before it is trained, or look up its settings.",
     "eval": "Measure how well a run's model does.",
 }

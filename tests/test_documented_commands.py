@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from carillon.engine.cli import main as carillon
-from carillon.engine.data.shards import ShardWriter
+from carillon.engine.data.shard_writer import ShardWriter
 from carillon.engine.train.checkpoint import list_checkpoints
 from carillon.engine.train.run_config import load_config
 
@@ -111,6 +111,15 @@ def write_raw_set(out: Path) -> None:
             writer.write(f"raw{i}", {"png": buffer.getvalue()}, {"captions": {"en": ["noise"]}})
 
 
+def write_portraits(folder: Path) -> None:
+    """A set whose items have authors."""
+    picture = Path("photos/00.jpg").read_bytes()
+    with ShardWriter(folder, name="portraits", source={}) as writer:
+        for number, author in enumerate(("Ada", "Bo", "Cy")):
+            meta = {"captions": {"en": [f"a portrait by {author}"]}, "author": author}
+            writer.write(f"p{number}", {"jpg": picture + bytes(number)}, meta)
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: the recipes, the set they name, and what a reader brings."""
@@ -120,6 +129,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     TINY_SET["write_set"](Path("data/emoji"), load_config(RECIPE, []))
     write_raw_set(Path("data/raw"))
     draw_photos(Path("photos"))
+    write_portraits(Path("data/portraits"))
     shutil.copy("photos/00.jpg", "dog.jpg")
     rows = [f"photos/{i:02d}.jpg,a photo,ein Foto" for i in range(40)]
     Path("pairs.csv").write_text("\n".join(["image,caption_en,caption_de", *rows]) + "\n")
