@@ -108,6 +108,13 @@ prove-kill: install-dev  ## kill and resume small runs sixty times: nothing is l
 prove-fp8: install-dev  ## final loss of fp8 against bf16, three seeds of 300 steps (half an hour)
 	$(BIN)/python benchmarks/prove_fp8.py
 
+prove-duplicates: install-dev  ## how many planted duplicates curation finds (JSON; two minutes)
+	$(BIN)/python benchmarks/prove_duplicates.py
+
+prove-curation: install-dev  ## speed, kills and Ray Data: the same kept set (JSON; four minutes)
+	$(BIN)/pip install -q -e ".[ray]" --no-build-isolation
+	$(BIN)/python benchmarks/prove_curation.py
+
 prove-data: install-dev  ## from URLs and a store to trained runs, killed at every stage (ten minutes)
 	$(BIN)/python benchmarks/prove_data.py
 
@@ -117,13 +124,6 @@ fuzz-decode: install-dev  ## damage thousands of files for the decoders (some th
 	@mkdir -p build
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_LAST=build/fuzz-last $(BIN)/python -m pytest -q \
 	  --timeout 3600 tests/engine/data/decode/test_fuzz.py
-
-prove-duplicates: install-dev  ## how many planted duplicates curation finds (JSON; two minutes)
-	$(BIN)/python benchmarks/prove_duplicates.py
-
-prove-curation: install-dev  ## speed, kills and Ray Data: the same kept set (JSON; four minutes)
-	$(BIN)/pip install -q -e ".[ray]" --no-build-isolation
-	$(BIN)/python benchmarks/prove_curation.py
 
 clean:  ## remove build products (not runs, data or .venv)
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

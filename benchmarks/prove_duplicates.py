@@ -9,7 +9,8 @@ that are such a pair (or of two copies of it). A pair that was not planted count
 even where it shows the same thing; such pairs are listed by their keys, and exact duplicates of the
 set are taken out first. Beside it, a perceptual hash of 64 bits (the DCT hash of the imagehash
 package) at the radius that finds most at the same precision.
-Run by `make prove-duplicates`; writes results/duplicates.json. Bars: recall 0.95, precision 0.99.
+Run by `make prove-duplicates`; writes results/prove_duplicates.json. Bars on photos and captions:
+recall 0.95, precision 0.99.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ def main() -> None:
         for name in barred
     )
     bars = {"recall": RECALL_BAR, "precision": PRECISION_BAR, "sets": barred, "held": held}
-    keep("duplicates", {"bars": bars, "results": results})
+    keep("prove_duplicates", {"bars": bars, "results": results})
     if not held:
         raise SystemExit("a bar is missed")
 

@@ -76,10 +76,11 @@ def decide(pipeline: Pipeline, scored: Scored) -> Verdict:
         rows = np.flatnonzero(there)
         population = Population(
             keys=scored.column("key").take(rows),
-            signatures=scored.column(f"signature{place}").take(rows),
+            signatures=scored.column(f"signature{place}"),
             quality=quality[rows],
             is_evaluation=scored.is_evaluation[rows],
             seed=pipeline.seed,
+            places=rows,
         )
         for row, judgement, is_contaminated in _judgements(stage, population, rows):
             action = stage.contaminated if is_contaminated else stage.action

@@ -19,23 +19,24 @@ from carillon.engine.data.curate.score import Part
 from carillon.engine.data.curate.workers import Crew, Job
 
 
-class _PartScorer:
-    """What an actor runs: made once, called with a part at a time."""
+def _part_scorer(job: Job) -> type[Any]:
+    """What an actor runs: made once, called with a part at a time.
 
-    def __init__(self, job: Job) -> None:
-        self._crew = Crew(job, workers=1)
+    The job is part of the class, so that an actor which is started again has it too; constructor
+    arguments live in an object store, from which they may be lost.
+    """
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        part = Part(
-            int(row["number"]),
-            int(row["source"]),
-            str(row["split"]),
-            int(row["start"]),
-            int(row["end"]),
-        )
-        # Ray may run a call again after a machine was lost: the table is the same.
-        self._crew.score([part], done=lambda _: None)
-        return part._asdict()
+    class PartScorer:
+        def __init__(self) -> None:
+            self._crew = Crew(job, workers=1)
+
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            numbers = {name: int(row[name]) for name in ("number", "source", "start", "end")}
+            # Ray may run a call again after a machine was lost: the table is the same.
+            self._crew.score([Part(split=str(row["split"]), **numbers)], done=lambda _: None)
+            return row
+
+    return PartScorer
 
 
 def ray_scorer(address: str, workers: int) -> Scorer:
@@ -45,8 +46,10 @@ def ray_scorer(address: str, workers: int) -> Scorer:
 
     def score(job: Job, parts: Sequence[Part], done: Callable[[Part], None]) -> None:
         import ray
+        import ray.data
 
-        logging.getLogger("ray").setLevel(logging.ERROR)  # it reports plans and settings
+        for name in ("ray", "ray.data"):  # they report plans and settings
+            logging.getLogger(name).setLevel(logging.ERROR)
         ray.init(
             address=None if address == "local" else address,
             num_cpus=workers if address == "local" else None,
@@ -60,8 +63,7 @@ def ray_scorer(address: str, workers: int) -> Scorer:
                 [part._asdict() for part in parts], override_num_blocks=len(parts)
             )
             scored = rows.map(
-                _PartScorer,
-                fn_constructor_args=(job,),
+                _part_scorer(job),
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
                 num_cpus=1,
             )

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-RATE = 5512
-_WINDOW, _HOP = 2048, 256
+RATE = 8000
+_WINDOW, _HOP = 2944, 368
 _LOWEST_HZ, _HIGHEST_HZ, _NUM_BANDS = 300.0, 2000.0, 33
 _MIN_WORDS = 16  # 0.7 s
 _MAX_PLACES = 64  # a word in more places says nothing

@@ -15,9 +15,11 @@ import importlib.util
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from carillon.engine.config import setting
 
@@ -110,8 +112,9 @@ class Decisions(NamedTuple):
 class Population:
     """The items that a set stage decides over, in the order of sets, shards and rows.
 
-    Items of evaluation sets come last. `signatures` (Arrow, binary, on disk until they are taken)
-    are those that `examine` left; of duplicates that of the greatest `quality` is kept.
+    Items of evaluation sets come last. `signatures` is the column (Arrow, binary) of all items,
+    those that are not of the population too, on disk until they are taken; `places` says where in
+    it the population's are (none: as they stand). Of duplicates that of greatest `quality` stays.
     """
 
     keys: Any
@@ -119,14 +122,30 @@ class Population:
     quality: Any
     is_evaluation: Any
     seed: int
+    places: Any = None
 
     def rows(self) -> Any:
         """The rows that have a signature."""
-        return np.flatnonzero(self.signatures.is_valid().to_numpy())
+        held = self.signatures.is_valid().to_numpy()
+        return np.flatnonzero(held if self.places is None else held[self.places])
 
     def take(self, rows: Any) -> list[bytes]:
-        """The signatures of some rows."""
-        return [value.as_buffer().to_pybytes() for value in self.signatures.take(rows)]
+        """The signatures of some rows. Arrow's own take would first join all chunks in memory."""
+        wanted = np.asarray(rows, np.int64)
+        wanted = wanted if self.places is None else self.places[wanted]
+        chunk_of = np.searchsorted(self._starts, wanted, side="right") - 1
+        found = [b""] * len(wanted)
+        for number in np.unique(chunk_of).tolist():
+            here = np.flatnonzero(chunk_of == number)
+            inside = pa.array(wanted[here] - self._starts[number])
+            values = self.signatures.chunk(number).take(inside)
+            for place, value in zip(here.tolist(), values, strict=True):
+                found[place] = value.as_buffer().to_pybytes()
+        return found
+
+    @cached_property
+    def _starts(self) -> Any:
+        return np.cumsum([0, *map(len, self.signatures.chunks[:-1])])
 
     def matrix(self, rows: Any) -> Any:
         """Signatures of one length as bytes. Shapes: (n,) -> (n, length) uint8."""

@@ -2,7 +2,7 @@
 
 Vectors of the whole picture are compared with those of ten views of every other; what comes near
 is laid over each other and measured (alignment.py). All three limits must hold. The defaults come
-from copies made of Flickr8k, clothing and flower photos (benchmarks/results/duplicates.json).
+from copies made of Flickr8k, clothing and flower photos (benchmarks/results/prove_duplicates.json).
 A copy whose colours were changed is none by the default of `max_colour`.
 """
 

@@ -13,7 +13,6 @@ from typing import ClassVar, Literal
 
 from carillon.engine.config import setting
 from carillon.engine.data.curate.item import Item
-from carillon.engine.data.curate.sampled_media import sound_samples
 from carillon.engine.data.curate.sound_fingerprint import RATE, fingerprint, near_sounds
 from carillon.engine.data.curate.stage import (
     Decisions,
@@ -22,6 +21,9 @@ from carillon.engine.data.curate.stage import (
     SetStage,
     keep_first,
 )
+from carillon.engine.data.decode.audio import decode_audio
+
+_MAX_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,9 @@ class NearSounds(SetStage):
     def examine(self, item: Item) -> Finding | None:
         if not item.has("audio"):
             return None
-        return Finding(signature=fingerprint(sound_samples(item.medium("audio"), RATE)))
+        data = item.medium("audio")
+        sound = decode_audio(data, rate=RATE, mono=True, duration_s=_MAX_S)
+        return Finding(signature=fingerprint(sound.samples[0]))
 
     def decide(self, population: Population) -> Decisions:
         return keep_first(self._pairs(population), population)

@@ -24,7 +24,6 @@ from carillon.engine.data.curate.picture_signature import (
     picture_signature,
     view_vectors,
 )
-from carillon.engine.data.curate.sampled_media import sampled_frames
 from carillon.engine.data.curate.stage import (
     Decisions,
     Finding,
@@ -32,8 +31,11 @@ from carillon.engine.data.curate.stage import (
     SetStage,
     keep_first,
 )
+from carillon.engine.data.decode.frame_choice import UniformFrames
+from carillon.engine.data.decode.video import decode_video
 
 NUM_FRAMES = 8
+_SIZE = 128  # pixels of the shorter side
 _BATCH_PAIRS = 128
 
 
@@ -60,7 +62,7 @@ class NearVideos(SetStage):
     def examine(self, item: Item) -> Finding | None:
         if not item.has("video"):
             return None
-        frames = sampled_frames(item.medium("video"), NUM_FRAMES)
+        frames = decode_video(item.medium("video"), UniformFrames(NUM_FRAMES), size=_SIZE).frames
         # A video of fewer frames stands for itself, each of them as long as it lasts.
         chosen = [frames[at * len(frames) // NUM_FRAMES] for at in range(NUM_FRAMES)]
         return Finding(signature=b"".join(map(picture_signature, chosen)))

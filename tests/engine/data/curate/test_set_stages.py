@@ -75,6 +75,21 @@ def test_evaluation_items_never_leave_and_come_first() -> None:
     assert gone(keep_first(pairs, judged)) == {0: 2}
 
 
+def test_signatures_are_taken_from_many_chunks_by_place() -> None:
+    chunks = [pa.array([b"a", None]), pa.array([], pa.binary()), pa.array([b"c", b"d", b"e"])]
+    some = Population(
+        keys=["k0", "k1", "k2"],
+        signatures=pa.chunked_array(chunks, pa.binary()),
+        quality=np.zeros(3),
+        is_evaluation=np.zeros(3, bool),
+        seed=0,
+        places=np.asarray([1, 2, 4]),
+    )
+    assert some.rows().tolist() == [1, 2]
+    assert some.take([2, 1, 2]) == [b"e", b"c", b"e"]
+    assert some.matrix([1, 2]).tolist() == [[ord("c")], [ord("e")]]
+
+
 def test_exact_duplicates_are_of_media_or_of_captions_where_there_is_none() -> None:
     stage = set_stage("exact_duplicates")
     red, blue = Image.new("RGB", (9, 9), "red"), Image.new("RGB", (9, 9), "blue")
