@@ -39,7 +39,7 @@ def sound(seconds: float = 0.5, form: str = "WAV", rate: int = 16_000) -> bytes:
 def video(num_frames: int = 10) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=5)
+        stream = container.add_stream("libx264", rate=5)
         stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
         for number in range(num_frames):
             pixels = np.full((16, 32, 3), number * 20, np.uint8)
