@@ -284,8 +284,13 @@ class _Unreachable(Exception):
 
 def _context() -> ssl.SSLContext:
     """The one that verifies certificates; reading the authorities takes a quarter of a second."""
-    with _CONTEXT_LOCK:
+    # The lock spares threads the same work; a fork may have copied it held, so none waits for long.
+    is_held = _CONTEXT_LOCK.acquire(timeout=5)
+    try:
         return _made_context()
+    finally:
+        if is_held:
+            _CONTEXT_LOCK.release()
 
 
 @cache
