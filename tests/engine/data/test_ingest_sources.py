@@ -16,9 +16,10 @@ import soundfile
 from PIL import Image
 
 from carillon.engine.config import UserError
-from carillon.engine.data.ingest import IngestOptions, ingest
+from carillon.engine.data.ingest import ingest
 from carillon.engine.data.ingest_items import Columns
 from carillon.engine.data.ingest_loading import FetchOptions
+from carillon.engine.data.ingest_options import IngestOptions
 from carillon.engine.data.items import read_items
 from carillon.engine.data.samples import RawSample
 from carillon.engine.data.shards import Dataset

@@ -16,8 +16,9 @@ from sqlalchemy import select
 
 from carillon.engine.config import UserError
 from carillon.engine.data import ingest as command
-from carillon.engine.data import shard_writer
-from carillon.engine.data.ingest import IngestOptions, ingest
+from carillon.engine.data import ingest_command, shard_writer
+from carillon.engine.data.ingest import ingest
+from carillon.engine.data.ingest_options import IngestOptions
 from carillon.engine.data.ingest_order import Pace
 from carillon.engine.data.shards import Dataset, ShardWriter, open_dataset
 from carillon.engine.registry.store import Registry
@@ -144,7 +145,7 @@ def test_too_many_bad_items_are_kept_and_taken_with_a_larger_share(tmp_path: Pat
 def test_the_bad_share_is_judged_on_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_MIN_JUDGED", 8)
+    monkeypatch.setattr(command, "MIN_JUDGED", 8)
     root = photos(tmp_path / "photos")
     for number in range(4):
         (root / f"{number:02d}.txt").write_text(" ")
@@ -222,10 +223,10 @@ def test_rows_of_the_registry(tmp_path: Path) -> None:
     root = photos(tmp_path / "photos", 4)
     location = tmp_path / "registry.sqlite"
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    ingest_command.add_arguments(parser)
     given = [str(root), "--out", str(tmp_path / "set"), "--workers", "1", "--licence", "MIT"]
     given += ["--language", "en", "--registry", str(location)]
-    assert command.main(parser.parse_args(given)) == 0
+    assert ingest_command.main(parser.parse_args(given)) == 0
     dataset = open_dataset(tmp_path / "set")
     with Registry.open(location).reading() as session:
         row = session.scalars(select(DatasetRow)).one()
