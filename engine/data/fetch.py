@@ -17,57 +17,32 @@ import queue
 import socket
 import ssl
 import threading
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urljoin
 
 from carillon import __version__
 from carillon.engine.data.fetch_address import (
-    RefusedAddress,
     Target,
     check_address,
     parse_exceptions,
     parse_url,
 )
-from carillon.engine.data.fetch_connection import (
-    Budget,
-    OutOfBudget,
-    OutOfTime,
-    PinnedConnection,
-)
+from carillon.engine.data.fetch_body import Body, Unreachable, explained
+from carillon.engine.data.fetch_body import FetchError as FetchError
+from carillon.engine.data.fetch_connection import Budget, OutOfTime, PinnedConnection
 
 USER_AGENT = f"carillon-engine/{__version__} (data set builder)"
 
-_PIECE_BYTES = 1 << 16
 _OVERHEAD_BYTES = 1 << 20  # for headers and the framing of chunks, beside max_bytes
 _MAX_ADDRESSES = 4
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be others a little later
 
 _CONTEXT_LOCK = threading.Lock()
-
-Kind = Literal["refused", "unreachable", "slow", "too large", "broken", "status", "type"]
-
-
-class FetchError(ValueError):
-    """A URL could not be fetched. `passing`: trying again later may help, after `retry_after_s`."""
-
-    def __init__(
-        self,
-        reason: str,
-        kind: Kind,
-        *,
-        passing: bool = False,
-        status: int | None = None,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(reason)
-        self.kind, self.passing = kind, passing
-        self.status, self.retry_after_s = status, retry_after_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,73 +62,6 @@ class Fetched(NamedTuple):
     status: int
     headers: Mapping[str, str]
     data: bytes
-
-
-class Body:
-    """An open response: `read` gives the next bytes of its decompressed body, within the limits."""
-
-    def __init__(
-        self, target: Target, response: http.client.HTTPResponse, max_bytes: int, *, whole: bool
-    ) -> None:
-        self.url, self.status = target.url, response.status
-        names = {name.lower() for name in response.headers}
-        self.headers = {name: response.getheader(name, "") for name in names}
-        self._response, self._max_bytes, self._num_bytes = response, max_bytes, 0
-        self._expected = response.length if whole else None
-        self._received = 0
-        self._inflate = _inflater(self.headers.get("content-encoding", ""))
-        if self._expected is not None and self._expected > max_bytes:
-            raise _too_large(max_bytes)
-
-    @property
-    def content_type(self) -> str:
-        """The media type in lower case, without parameters; empty when none is stated."""
-        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-    def read(self) -> bytes:
-        """The next piece, at most 64 KiB; empty at the end. Raises FetchError."""
-        while True:
-            left = self._max_bytes - self._num_bytes + 1
-            if self._inflate is None:
-                piece = self._receive()
-            else:
-                packed = self._inflate.unconsumed_tail or self._receive()
-                if not packed:
-                    self._check_inflated()
-                    return b""
-                piece = self._expand(packed, left)
-                if not piece:
-                    continue
-            self._num_bytes += len(piece)
-            if self._num_bytes > self._max_bytes:
-                raise _too_large(self._max_bytes)
-            return piece
-
-    def _receive(self) -> bytes:
-        size = _PIECE_BYTES
-        if self._expected is not None:  # a server need not close after what it announced
-            size = min(size, self._expected - self._received)
-        with _explained(self._max_bytes):
-            piece = self._response.read1(size) if size else b""
-        self._received += len(piece)
-        if not piece and self._expected is not None and self._received < self._expected:
-            raise FetchError(
-                f"the body ended after {self._received:,} of {self._expected:,} bytes",
-                "broken",
-                passing=True,
-            )
-        return piece
-
-    def _expand(self, data: bytes, left: int) -> bytes:
-        assert self._inflate is not None
-        try:
-            return self._inflate.decompress(data, min(left, _PIECE_BYTES))
-        except zlib.error as error:
-            raise FetchError(f"the compressed body is damaged: {error}", "broken") from None
-
-    def _check_inflated(self) -> None:
-        if self._received and self._inflate is not None and not self._inflate.eof:
-            raise FetchError("the compressed body ended too early", "broken", passing=True)
 
 
 class Fetcher:
@@ -232,11 +140,11 @@ class Fetcher:
     ) -> Iterator[Body]:
         budget = Budget(limits.total_s, limits.idle_s, limits.max_bytes + _OVERHEAD_BYTES)
         for _ in range(limits.max_redirects + 1):
-            with _explained(limits.max_bytes):
+            with explained(limits.max_bytes):
                 target = parse_url(url)
                 connection = self._connect(target, budget)
             try:
-                with _explained(limits.max_bytes):
+                with explained(limits.max_bytes):
                     response = self._request(connection, target, method, headers)
                 if response.status not in _REDIRECTS:
                     _check_status(response)
@@ -273,19 +181,18 @@ class Fetcher:
                 raise
             except OSError as error:
                 failure = error
-        raise _Unreachable(target.host, failure)
-
-
-class _Unreachable(Exception):
-    def __init__(self, host: str, failure: OSError) -> None:
-        reason = failure if isinstance(failure, OutOfTime) else failure.strerror or failure
-        super().__init__(f"no connection to {host}: {reason}")
+        raise Unreachable(target.host, failure)
 
 
 def _context() -> ssl.SSLContext:
     """The one that verifies certificates; reading the authorities takes a quarter of a second."""
-    with _CONTEXT_LOCK:
+    # The lock spares threads the same work; a fork may have copied it held, so none waits for long.
+    is_held = _CONTEXT_LOCK.acquire(timeout=5)
+    try:
         return _made_context()
+    finally:
+        if is_held:
+            _CONTEXT_LOCK.release()
 
 
 @cache
@@ -308,30 +215,10 @@ def _resolve(target: Target, timeout_s: float) -> list[str]:
     try:
         found = answer.get(timeout=timeout_s)
     except queue.Empty:
-        raise _Unreachable(target.host, OutOfTime(f"no name in {timeout_s:.0f} s")) from None
+        raise Unreachable(target.host, OutOfTime(f"no name in {timeout_s:.0f} s")) from None
     if isinstance(found, Exception):
-        raise _Unreachable(target.host, OSError("its name is unknown"))
+        raise Unreachable(target.host, OSError("its name is unknown"))
     return found
-
-
-@contextmanager
-def _explained(max_bytes: int) -> Iterator[None]:
-    """Turn what a fetch runs into into a FetchError."""
-    try:
-        yield
-    except RefusedAddress as error:
-        raise FetchError(str(error), "refused") from None
-    except _Unreachable as error:
-        raise FetchError(str(error), "unreachable", passing=True) from None
-    except OutOfTime as error:
-        raise FetchError(str(error), "slow", passing=True) from None
-    except OutOfBudget:
-        raise _too_large(max_bytes) from None
-    except ssl.SSLCertVerificationError as error:
-        raise FetchError(f"the certificate: {error.verify_message}", "refused") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        said = str(error) or type(error).__name__
-        raise FetchError(f"the answer is broken: {said:.200}", "broken", passing=True) from None
 
 
 def _check_status(response: http.client.HTTPResponse) -> None:
@@ -356,17 +243,3 @@ def _next_url(target: Target, response: http.client.HTTPResponse) -> str:
         return urljoin(target.url, location.encode("latin-1").decode("utf-8", "replace"))
     except ValueError as error:
         raise FetchError(f"a redirect that cannot be read: {error}", "refused") from None
-
-
-def _too_large(max_bytes: int) -> FetchError:
-    return FetchError(f"more than {max_bytes:,} bytes", "too large")
-
-
-def _inflater(encoding: str) -> zlib._Decompress | None:
-    """What undoes a Content-Encoding that came although none was asked for."""
-    encoding = encoding.strip().lower()
-    if encoding in ("", "identity"):
-        return None
-    if encoding in ("gzip", "x-gzip", "deflate"):
-        return zlib.decompressobj(wbits=47)  # gzip or zlib, by the first bytes
-    raise FetchError(f"the content encoding {encoding!r:.40}; gzip and deflate are read", "type")

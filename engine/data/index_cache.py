@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ from carillon.engine.data.store import Facts, StoreError, is_remote, join, liste
 PLAIN_SPLIT = "all"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MAX_EXPANDED = 1_000_000
+_FACTS_AT_A_TIME = 32  # requests to a store, one a tar
 _log = logging.getLogger(__name__)
 
 
@@ -53,10 +55,14 @@ def expand_sources(path: str | Path | Sequence[str]) -> list[Tar]:
     Raises UserError for what does not exist or is no tar.
     """
     given = [str(path)] if isinstance(path, (str, Path)) else [str(item) for item in path]
-    tars: list[Tar] = []
-    for item in given:
-        for name in itertools.islice(expand_braces(item), _MAX_EXPANDED):
-            tars += _remote_tars(name) if is_remote(name) else _tars_of(Path(name).absolute())
+    names = [
+        name for item in given for name in itertools.islice(expand_braces(item), _MAX_EXPANDED)
+    ]
+    if any(is_remote(name) for name in names):
+        with ThreadPoolExecutor(_FACTS_AT_A_TIME) as executor:
+            tars = [tar for found in executor.map(_tars_by_name, names) for tar in found]
+    else:
+        tars = [tar for name in names for tar in _tars_by_name(name)]
     if not tars:
         raise UserError("no shard was given: an empty list of data paths")
     doubled = next((tar for tar, count in Counter(tars).items() if count > 1), None)
@@ -126,6 +132,10 @@ def indexed_manifest(tars: Sequence[Tar]) -> tuple[Path, Manifest]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder, manifest
+
+
+def _tars_by_name(name: str) -> list[Tar]:
+    return _remote_tars(name) if is_remote(name) else _tars_of(Path(name).absolute())
 
 
 def _tars_of(path: Path) -> list[Tar]:

@@ -13,6 +13,7 @@ import asyncio
 import errno
 from collections.abc import Mapping
 from functools import partial
+from threading import Lock
 from typing import Any
 
 from carillon.engine.config import UserError
@@ -52,6 +53,7 @@ class ObjectStore(Store):
             kind, asynchronous=False, skip_instance_cache=True, use_listings_cache=False, **options
         )
         self._made: Any = None
+        self._making = Lock()
 
     def facts(self, url: str) -> Facts:
         found = self._call(url, 0, "_info")
@@ -89,9 +91,10 @@ class ObjectStore(Store):
             raise _explained(error) from None
 
     def _files(self) -> Any:
-        if self._made is None:
-            self._made = self._make()
-            self._made.retries = 1  # s3fs tries as often by itself
+        with self._making:
+            if self._made is None:
+                self._made = self._make()
+                self._made.retries = 1  # s3fs tries as often by itself
         return self._made
 
 

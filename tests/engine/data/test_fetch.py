@@ -1,6 +1,8 @@
 """The fetcher against a real server on this machine: hostile URLs, hosts, redirects and bodies."""
 
 import gzip
+import ipaddress
+import re
 import socket
 import ssl
 import threading
@@ -9,11 +11,15 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from carillon.engine.data import fetch
 from carillon.engine.data.fetch import Fetcher, FetchError, FetchLimits
+from carillon.engine.data.fetch_address import RefusedAddress, parse_url
 
 QUICK = FetchLimits(max_bytes=100_000, total_s=1.0, idle_s=0.3)
 
@@ -65,6 +71,24 @@ def test_no_inside_host_in_any_notation(web: Any, host: str) -> None:
 )
 def test_no_other_scheme_and_no_confusing_url(url: str) -> None:
     assert refusal(url).kind == "refused"
+
+
+@given(st.text(max_size=40), st.sampled_from(["http://", "https://", "http://a.org/", ""]))
+@settings(max_examples=300, deadline=None)
+def test_any_text_is_a_plain_url_or_refused(text: str, start: str) -> None:
+    """And the host that is read is the one that every other reader sees."""
+    try:
+        target = parse_url(start + text)
+    except RefusedAddress:
+        return
+    assert target.path.isascii()
+    assert target.path.isprintable()
+    assert " " not in target.path
+    assert re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", target.host)
+    if target.host.rpartition(".")[2].isdecimal():
+        assert str(ipaddress.ip_address(target.host)) == target.host
+    again = urlsplit(f"http://{target.host if ':' not in target.host else f'[{target.host}]'}/")
+    assert again.hostname == target.host
 
 
 def test_a_public_host_is_one_by_all_of_its_addresses(

@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from carillon.engine.config import UserError
-from carillon.engine.data import ingest as command
+from carillon.engine.data import ingest_command as command
 from carillon.engine.data.decode.image import decode_image
-from carillon.engine.data.ingest import IngestOptions, ingest, split_of
+from carillon.engine.data.ingest import ingest, split_of
 from carillon.engine.data.ingest_items import Columns
 from carillon.engine.data.ingest_loading import FetchOptions
+from carillon.engine.data.ingest_options import IngestOptions
 from carillon.engine.data.ingest_order import Pace
 from carillon.engine.data.shards import Dataset, RawSample, open_dataset
 

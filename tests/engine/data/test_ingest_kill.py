@@ -25,7 +25,8 @@ NUM_ITEMS = 117
 PROGRAM = """
 import sys
 from pathlib import Path
-from carillon.engine.data.ingest import IngestOptions, ingest
+from carillon.engine.data.ingest import ingest
+from carillon.engine.data.ingest_options import IngestOptions
 from carillon.engine.data.ingest_loading import FetchOptions
 from carillon.engine.data.ingest_order import Pace
 out, allow, workers, *sources = sys.argv[1:]

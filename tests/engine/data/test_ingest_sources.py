@@ -16,9 +16,10 @@ import soundfile
 from PIL import Image
 
 from carillon.engine.config import UserError
-from carillon.engine.data.ingest import IngestOptions, ingest
+from carillon.engine.data.ingest import ingest
 from carillon.engine.data.ingest_items import Columns
 from carillon.engine.data.ingest_loading import FetchOptions
+from carillon.engine.data.ingest_options import IngestOptions
 from carillon.engine.data.items import read_items
 from carillon.engine.data.samples import RawSample
 from carillon.engine.data.shards import Dataset
@@ -39,7 +40,7 @@ def sound(seconds: float = 0.5, form: str = "WAV", rate: int = 16_000) -> bytes:
 def video(num_frames: int = 10) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=5)
+        stream = container.add_stream("libx264", rate=5)
         stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
         for number in range(num_frames):
             pixels = np.full((16, 32, 3), number * 20, np.uint8)

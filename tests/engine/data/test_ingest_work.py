@@ -1,6 +1,10 @@
 """What an unfinished ingest keeps: what it refuses, what it tells, and what it goes on with."""
 
+import argparse
 import contextlib
+import errno
+import hashlib
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +12,17 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from sqlalchemy import select
 
 from carillon.engine.config import UserError
 from carillon.engine.data import ingest as command
-from carillon.engine.data.ingest import IngestOptions, ingest
+from carillon.engine.data import ingest_command, shard_writer
+from carillon.engine.data.ingest import ingest
+from carillon.engine.data.ingest_options import IngestOptions
 from carillon.engine.data.ingest_order import Pace
 from carillon.engine.data.shards import Dataset, ShardWriter, open_dataset
+from carillon.engine.registry.store import Registry
+from carillon.engine.registry.tables import DataItemRow, DatasetRow
 
 STEADY = IngestOptions(
     save_every_s=0.0, max_shard_bytes=6_000, validation_share=0.3, pace=Pace(window_items=3)
@@ -136,7 +145,7 @@ def test_too_many_bad_items_are_kept_and_taken_with_a_larger_share(tmp_path: Pat
 def test_the_bad_share_is_judged_on_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_MIN_JUDGED", 8)
+    monkeypatch.setattr(command, "MIN_JUDGED", 8)
     root = photos(tmp_path / "photos")
     for number in range(4):
         (root / f"{number:02d}.txt").write_text(" ")
@@ -173,3 +182,59 @@ def test_a_writer_goes_on_from_any_save(tmp_path: Path, saved_at: int, stopped_a
         write(writer, range(saved_at, 30))
     assert content(tmp_path / "set") == content(tmp_path / "whole")
     assert len(open_dataset(tmp_path / "set").splits["train"]) == 20
+
+
+def test_it_goes_on_from_what_was_finished_but_not_published(
+    unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = ingest([str(unfinished / "photos")], unfinished / "whole" / "set", options=STEADY)
+
+    def stopping(*_: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shard_writer, "publish_folder", stopping)
+        with pytest.raises(Stopped):
+            go_on(unfinished)
+    assert (unfinished / ".set.ingest" / "set" / "dataset.json").exists()
+    assert not (unfinished / "set").exists()
+    assert content(go_on(unfinished).path) == content(whole.path)
+
+
+def test_a_disk_that_fills_up_costs_nothing_that_was_done(
+    unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = ingest([str(unfinished / "photos")], unfinished / "whole" / "set", options=STEADY)
+    with monkeypatch.context() as patched:
+        left = [9]
+
+        def full(descriptor: int) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"cannot be written: No space left on device.* kept"):
+            go_on(unfinished)
+    assert content(go_on(unfinished).path) == content(whole.path)
+
+
+def test_rows_of_the_registry(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos", 4)
+    location = tmp_path / "registry.sqlite"
+    parser = argparse.ArgumentParser()
+    ingest_command.add_arguments(parser)
+    given = [str(root), "--out", str(tmp_path / "set"), "--workers", "1", "--licence", "MIT"]
+    given += ["--language", "en", "--registry", str(location)]
+    assert ingest_command.main(parser.parse_args(given)) == 0
+    dataset = open_dataset(tmp_path / "set")
+    with Registry.open(location).reading() as session:
+        row = session.scalars(select(DatasetRow)).one()
+        assert (row.fingerprint, row.source_uri) == (dataset.fingerprint, str(dataset.path))
+        items = session.scalars(select(DataItemRow)).all()
+        assert {item.modality for item in items} == {"image-text"}
+        assert {item.checksum for item in items} == {
+            hashlib.sha256((root / f"{number:02d}.png").read_bytes()).hexdigest()
+            for number in range(4)
+        }
+        assert {item.meta["licence"] for item in items} == {"MIT"}
