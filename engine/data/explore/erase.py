@@ -9,6 +9,7 @@ What is derived from items by others (a report's examples, lists of removed item
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -99,6 +100,8 @@ def write_without(
                 done += 1
                 progress(done, total)
         writer.attach(TOMBSTONES_NAME, after.content())
+    for left in out.absolute().parent.glob(glob.escape(f".{out.name}.partial-") + "*"):
+        shutil.rmtree(left, ignore_errors=True)  # of a killed run; it could not be published now
     return open_dataset(out)
 
 
@@ -136,20 +139,35 @@ def _is_done(dataset: Dataset, request: Request, out: Path) -> bool:
 
 
 def files_of(folder: Path) -> list[tuple[str, int]]:
-    """What a purge removes: every file below the folder, with its size."""
-    found = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
-    return [(str(path.relative_to(folder)), path.lstat().st_size) for path in found]
+    """What a purge removes, with sizes: every file of the set, and what killed writers of it left
+    beside it, which holds the same items."""
+    places = (folder, *leftovers_of(folder))
+    paths = [path for place in places for path in sorted(place.rglob("*"))]
+    return [
+        (str(path.relative_to(folder.parent)), path.lstat().st_size)
+        for path in paths
+        if path.is_symlink() or not path.is_dir()
+    ]
+
+
+def leftovers_of(folder: Path) -> list[Path]:
+    """Folders that a writer of this one left when it was killed, or goes on from."""
+    name = glob.escape(f".{folder.name}.")
+    patterns = ("partial-*", "replaced-*", "ingest", "curation-*")
+    found = [path for pattern in patterns for path in folder.parent.glob(name + pattern)]
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
 
 def purge(folder: Path) -> None:
-    """Remove a set's folder: aside first, so that no half of it is taken for a set.
+    """Remove a set's folder and leftovers: aside first, so that no half of it is taken for a set.
 
     Raises UserError when it cannot be removed; what is left then has the name of `aside`.
     """
     try:
         if folder.exists():
             folder.rename(aside(folder))
-        shutil.rmtree(aside(folder))
+        for left in [*leftovers_of(folder), aside(folder)]:
+            shutil.rmtree(left)
     except OSError as error:
         raise UserError(
             f"{folder} cannot be removed: {explained(error)}. The new version is there; give the "

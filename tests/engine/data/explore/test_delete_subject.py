@@ -142,13 +142,17 @@ def test_what_was_trained_on_it_is_listed(
     )
 
 
-def test_purge_removes_the_old_files_alone(
+def test_purge_removes_the_old_files_and_what_killed_writers_left(
     dataset: Dataset, tmp_path: Path, run: Callable[..., str]
 ) -> None:
-    (tmp_path / "beside.txt").write_text("stays")
+    (tmp_path / ".small.yaml").write_text("stays")
+    for left in (".small.ingest", ".small.partial-x", ".next.partial-x"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "items").write_text("left by a killed writer")
     said = run(*ADA, "--purge")
-    assert "train-000000.tar" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["beside.txt", "next", "r.sqlite"]
+    assert "small/train-000000.tar" in said
+    assert ".small.ingest/items" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".small.yaml", "next", "r.sqlite"]
 
 
 @pytest.mark.parametrize(
@@ -266,4 +270,4 @@ def test_a_full_disk_leaves_nothing(
 def test_json_is_all_that_is_printed(dataset: Dataset, run: Callable[..., str]) -> None:
     found = json.loads(run(*ADA, "--json", "--purge"))
     assert found["num_erased"] == 3
-    assert "dataset.json" in found["purged"]
+    assert "small/dataset.json" in found["purged"]
