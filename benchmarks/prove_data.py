@@ -74,11 +74,12 @@ INGEST_WEB = (
 
 @dataclass(frozen=True)
 class Stage:
-    """A command that makes a data set; both lines are run in a folder of their own."""
+    """A command that makes a data set in the folder where it is run."""
 
     name: str
     arguments: tuple[str, ...]
     makes: str  # the folder that is there once it is done
+    latest: float  # share of the undisturbed time after which it is killed at the latest
 
     def launch(self, folder: Path, log: Path) -> subprocess.Popen[str]:
         """Start it as a user would; what it says is appended to `log`."""
@@ -108,11 +109,13 @@ def stages(web: Web, work: Path) -> list[Stage]:
         "web": (str(work / "list.csv"), *INGEST_WEB, "--allow-host", web.address),
         "store": (*STORE_SOURCES, "--language", "en"),
     }
-    found = [Stage(f"ingest {n}", ("ingest", *sources[n], "--out", n, *registry), n) for n in SETS]
+    found = [
+        Stage(f"ingest {n}", ("ingest", *sources[n], "--out", n, *registry), n, 0.5) for n in SETS
+    ]
     against = ("--against", str(work / "evaluation"), *registry)
     for n in SETS:
         curate = ("curate", str(work / "pipeline.yaml"), n, "--out", f"clean-{n}", *against)
-        found.append(Stage(f"curate {n}", curate, f"clean-{n}"))
+        found.append(Stage(f"curate {n}", curate, f"clean-{n}", 0.8))
     return found
 
 
@@ -128,7 +131,7 @@ def killed(
     while len(kills) < state["num_kills"] and not (folder / stage.makes).exists():
         draw = random.Random(f"{stage.name} {len(kills)}")
         process = stage.launch(folder, log)
-        after_s = draw.uniform(0.3, 0.7 * seconds)
+        after_s = draw.uniform(0.3, stage.latest * seconds)
         try:
             process.wait(timeout=after_s)
         except subprocess.TimeoutExpired:
@@ -294,7 +297,7 @@ def prepared(work: Path, web: Web) -> None:
     if not (work / "evaluation").is_dir():
         write_evaluation(work / "photos")
         ingest = ("ingest", "photos", "--out", "evaluation", "--language", "en")
-        Stage("ingest the evaluation set", ingest, "evaluation").finish(work, work / "log")
+        Stage("ingest the evaluation set", ingest, "evaluation", 0.0).finish(work, work / "log")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
