@@ -16,6 +16,7 @@ results/prove_data.jsonl.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -65,6 +66,7 @@ stages:
   - {type: near_pictures}
   - {type: near_texts, action: flag}
 """
+REGISTRY = ("--registry", "registry.sqlite")
 INGEST_WEB = (
     *("--caption-column", "en=caption_en", "--caption-column", "de=caption_de"),
     *("--tries", "2", "--timeout", "5", "--max-item-mb", "1", "--max-bad-share", "0.5"),
@@ -79,7 +81,6 @@ class Stage:
     name: str
     arguments: tuple[str, ...]
     makes: str  # the folder that is there once it is done
-    latest: float  # share of the undisturbed time after which it is killed at the latest
 
     def launch(self, folder: Path, log: Path) -> subprocess.Popen[str]:
         """Start it as a user would; what it says is appended to `log`."""
@@ -104,48 +105,55 @@ class Stage:
 
 def stages(web: Web, work: Path) -> list[Stage]:
     """Ingest, curate and statistics of both sets."""
-    registry = ("--registry", "registry.sqlite")
     sources = {
         "web": (str(work / "list.csv"), *INGEST_WEB, "--allow-host", web.address),
         "store": (*STORE_SOURCES, "--language", "en"),
     }
     found = [
-        Stage(f"ingest {n}", ("ingest", *sources[n], "--out", n, *registry), n, 0.5) for n in SETS
+        Stage(f"ingest {n}", ("ingest", *sources[n], "--out", n, *REGISTRY), n, 0.5) for n in SETS
     ]
-    against = ("--against", str(work / "evaluation"), *registry)
+    against = ("--against", str(work / "evaluation"), *REGISTRY)
     for n in SETS:
         curate = ("curate", str(work / "pipeline.yaml"), n, "--out", f"clean-{n}", *against)
-        found.append(Stage(f"curate {n}", curate, f"clean-{n}", 0.8))
+        found.append(Stage(f"curate {n}", curate, f"clean-{n}"))
     return found
 
 
 # Kills
 
 
-def killed(
-    stage: Stage, folder: Path, seconds: float, state: dict[str, Any], keep: Callable[[], None]
-) -> None:
-    """Kill the stage `state["num_kills"]` times at random moments, then let it end."""
-    log = folder / f"{stage.makes}.log"
+def killed(stage: Stage, work: Path, state: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Kill the stage `state["num_kills"]` times at random moments and let it end.
+
+    Where it ends before, its files are compared and it begins anew. Raises Violation.
+    """
+    folder, log = work / "killed", work / "killed" / f"{stage.makes}.log"
     kills = state.setdefault("kills", [])
-    while len(kills) < state["num_kills"] and not (folder / stage.makes).exists():
-        draw = random.Random(f"{stage.name} {len(kills)}")
+    while len(kills) < state["num_kills"]:
+        draw = random.Random(f"{stage.name} {len(kills)} {state.get('ended', 0)}")
+        after_s = draw.uniform(0.3, 0.8 * state["undisturbed_s"])
         process = stage.launch(folder, log)
-        after_s = draw.uniform(0.3, stage.latest * seconds)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=after_s)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            kill_all(process)
+        kill_all(process)
         if process.returncode not in (0, -signal.SIGKILL):
             raise Violation(f"{stage.name} ended by itself with {process.returncode}: see {log}")
         if process.returncode != 0:
             kills.append({"after_s": round(after_s, 2), "safe": num_safe(folder, stage.makes)})
-            keep()
             print(f"{stage.name}: killed after {after_s:.1f} s, {kills[-1]['safe']}", flush=True)
-    if not (folder / stage.makes).exists():
+        if (folder / stage.makes).exists():
+            compare(stage.makes, work)
+            if len(kills) < state["num_kills"]:
+                shutil.rmtree(folder / stage.makes)
+                state["ended"] = state.get("ended", 0) + 1
+        keep()
+    if (folder / stage.makes).exists():  # the last kill came after that, perhaps before its row
+        Stage("register", ("data", "register", stage.makes, *REGISTRY), stage.makes).finish(
+            folder, log
+        )
+    else:
         state["last_s"] = stage.finish(folder, log)
+    compare(stage.makes, work)
     left = [path.name for path in folder.glob(f".{stage.makes}.*")]
     if left:
         raise Violation(f"{stage.name} left {left} behind")
@@ -172,34 +180,53 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def compare_sets(whole: Path, other: Path) -> dict[str, Any]:
+def compare(name: str, work: Path) -> dict[str, str]:
+    """The files of a set and their sums, the same as undisturbed. Raises Violation."""
+    expected, found = digests(work / "whole" / name), digests(work / "killed" / name)
+    if expected != found:
+        different = [file for file in expected if expected[file] != found.get(file)]
+        raise Violation(f"{name} has other files than undisturbed: {different}")
+    return expected
+
+
+def lineage(folder: Path, name: str) -> list[str]:
+    """What `carillon data lineage` says that a set was made from."""
+    command = ["carillon", "data", "lineage", name, "--json", *REGISTRY]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise Violation(f"carillon data lineage: {done.stderr}")
+    return [one["fingerprint"] for one in json.loads(done.stdout)["parents"]]
+
+
+def compare_sets(work: Path) -> dict[str, Any]:
     """Figures of the data sets, which are the same in both folders. Raises Violation."""
     figures: dict[str, Any] = {}
     for name in [*SETS, *(f"clean-{name}" for name in SETS)]:
-        expected, found = digests(whole / name), digests(other / name)
-        if expected != found:
-            different = [file for file in expected if expected[file] != found.get(file)]
-            raise Violation(f"{name} has other files than undisturbed: {different}")
-        dataset = open_dataset(other / name)
+        folder = work / "killed" / name
+        dataset = open_dataset(folder)
         figures[name] = {
             "fingerprint": dataset.fingerprint,
-            "files_equal": len(expected),
-            "bytes_equal": sum(path.stat().st_size for path in (other / name).iterdir()),
+            "files_equal": len(compare(name, work)),
+            "bytes_equal": sum(path.stat().st_size for path in folder.iterdir()),
             "items": sum(len(split) for split in dataset.splits.values()),
-            **(
-                {"removed": removed(other / name)}
-                if name[:5] == "clean"
-                else rejected(other / name)
-            ),
         }
+        if name.startswith("clean-"):
+            figures[name]["removed"] = removed(folder)
+            made_from = lineage(work / "killed", name)
+            raw = open_dataset(work / "killed" / name.removeprefix("clean-")).fingerprint
+            if made_from != [raw] or lineage(work / "whole", name) != [raw]:
+                raise Violation(f"the registry says that {name} was made from {made_from}")
+            figures[name]["made_from"] = raw
+        else:
+            figures[name]["rejected"] = rejected(folder)
     return figures
 
 
-def rejected(folder: Path) -> dict[str, dict[str, int]]:
+def rejected(folder: Path) -> dict[str, int]:
     """How many entries ingest rejected, by reason without its numbers."""
     lines = (folder / "rejected.jsonl").read_text().splitlines()
     found = Counter(re.sub(r"[\d,]*\d", "N", json.loads(line)["reason"]) for line in lines)
-    return {"rejected": dict(found.most_common())}
+    return dict(found.most_common())
 
 
 def removed(folder: Path) -> dict[str, int]:
@@ -247,11 +274,11 @@ def prove(work: Path, web: Web, *, num_kills: int, num_steps: int) -> dict[str, 
             )
             keep()
             print(f"{stage.name}: {own['undisturbed_s']} s undisturbed", flush=True)
-        killed(stage, work / "killed", own["undisturbed_s"], own, keep)
+        killed(stage, work, own, keep)
         keep()
-    figures = {"sets": compare_sets(work / "whole", work / "killed")}
+    figures: dict[str, Any] = {"sets": compare_sets(work)}
     figures["statistics"] = statistics(work, num_kills)
-    num_packed = num_steps * 3  # its steps are short
+    num_packed = num_steps * 4  # its steps are short
     packed = packed_values(dict.fromkeys(SETS, Path()), num_packed)
     figures["training"] = [
         train("kill-packed", packed, work, num_kills),
@@ -297,14 +324,14 @@ def prepared(work: Path, web: Web) -> None:
     if not (work / "evaluation").is_dir():
         write_evaluation(work / "photos")
         ingest = ("ingest", "photos", "--out", "evaluation", "--language", "en")
-        Stage("ingest the evaluation set", ingest, "evaluation", 0.0).finish(work, work / "log")
+        Stage("ingest the evaluation set", ingest, "evaluation").finish(work, work / "log")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "prove_data")
     parser.add_argument("--kills", type=int, default=5, help="kills of each stage")
-    parser.add_argument("--steps", type=int, default=40, help="steps of the dual encoder")
+    parser.add_argument("--steps", type=int, default=90, help="steps of the dual encoder")
     args = parser.parse_args(arguments)
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)

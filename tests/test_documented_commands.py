@@ -5,7 +5,6 @@ appended, as a user could, so that it takes seconds. What a CPU machine cannot d
 NOT_RUN, with the reason and the file that tests it instead.
 """
 
-import io
 import json
 import os
 import re
@@ -94,21 +93,13 @@ def filled(word: str) -> str:
 
 
 def draw_photos(folder: Path) -> None:
-    """40 pictures of one colour with a caption beside each."""
+    """40 pictures of noise with a caption beside each; the last is a copy of the first."""
     folder.mkdir()
-    for i, colour in enumerate(np.random.default_rng(1).integers(0, 256, (40, 3)).tolist()):
-        Image.new("RGB", (48, 40), tuple(colour)).save(folder / f"{i:02d}.jpg")
-        (folder / f"{i:02d}.txt").write_text(f"a photo of {colour}\n")
-
-
-def write_raw_set(out: Path) -> None:
-    """20 pictures of noise, the first of them twice, for curation."""
-    with ShardWriter(out, name="raw", source={"made": "for tests"}) as writer:
-        for i in range(20):
-            noise = np.random.default_rng(max(1, i)).integers(0, 256, (80, 96, 3), np.uint8)
-            buffer = io.BytesIO()
-            Image.fromarray(noise).save(buffer, "PNG")
-            writer.write(f"raw{i}", {"png": buffer.getvalue()}, {"captions": {"en": ["noise"]}})
+    for i in range(40):
+        noise = np.random.default_rng(i % 39).integers(0, 256, (10, 12, 3), np.uint8)
+        pixels = noise.repeat(8, axis=0).repeat(8, axis=1)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.jpg")
+        (folder / f"{i:02d}.txt").write_text(f"a photo of noise number {i}\n")
 
 
 def write_portraits(folder: Path) -> None:
@@ -127,7 +118,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     Path("recipes").symlink_to(ROOT / "recipes")
     TINY_SET["write_set"](Path("data/emoji"), load_config(RECIPE, []))
-    write_raw_set(Path("data/raw"))
     draw_photos(Path("photos"))
     write_portraits(Path("data/portraits"))
     shutil.copy("photos/00.jpg", "dog.jpg")

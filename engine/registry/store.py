@@ -80,7 +80,10 @@ class Registry:
             yield session
 
     def record_dataset(self, dataset: Dataset, *, modality: str = "image-text") -> int:
-        """Makes sure of the data set's row, found by its fingerprint; returns its id."""
+        """Makes sure of the data set's row, found by its fingerprint; returns its id.
+
+        Where the manifest names sets that it was made from, and these have rows, they are linked.
+        """
         manifest = dataset.manifest
         splits = {name: asdict(split) for name, split in manifest.splits.items()}
         with self.writing() as session:
@@ -94,6 +97,7 @@ class Registry:
             row.source_uri = str(Path(dataset.path).absolute())
             row.details = storable({"splits": splits, "source": dict(manifest.source)})
             session.flush()
+            _link_parents(session, row.id, manifest.source)
             return row.id
 
     def record_derived(
@@ -259,6 +263,27 @@ def storable(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float)):
         return value
     return str(value)
+
+
+def _link_parents(session: Session, dataset_id: int, source: Mapping[str, Any]) -> None:
+    """Links that are missing, as after a kill between a set and its rows."""
+    parents = source.get("parents")
+    named = [
+        one.get("fingerprint")
+        for one in (parents if isinstance(parents, list) else ())
+        if isinstance(one, Mapping)
+    ]
+    known = select(DatasetRow.id).where(
+        DatasetRow.fingerprint.in_([one for one in named if isinstance(one, str)]),
+        DatasetRow.id != dataset_id,
+        DatasetRow.id.not_in(
+            select(DatasetLinkRow.parent_id).where(DatasetLinkRow.dataset_id == dataset_id)
+        ),
+    )
+    for parent_id in session.scalars(known).all():
+        row = DatasetLinkRow(dataset_id=dataset_id, parent_id=parent_id)
+        row.relation, row.details = str(source.get("kind", "made from")), {}
+        session.add(row)
 
 
 def _link(

@@ -8,7 +8,7 @@ import pytest
 from carillon.engine.data.shard_writer import ShardWriter
 from carillon.engine.data.shards import Dataset, open_dataset
 from carillon.engine.registry.database import RegistryError
-from carillon.engine.registry.lineage import trace
+from carillon.engine.registry.lineage import ancestors_of, trace
 from carillon.engine.registry.store import Registry, RunDataset
 
 HASH = "ab12cd34" * 8
@@ -65,6 +65,28 @@ def test_a_set_leads_to_those_that_it_was_made_from(
         (1, "curate", middle.fingerprint),
         (2, "ingest", raw.fingerprint),
     ]
+
+
+def test_a_set_entered_by_itself_is_linked_by_its_manifest(
+    trained: Registry, tmp_path: Path
+) -> None:
+    """As after a kill between a curated set and its rows; parents without a row are left out."""
+    with ShardWriter(tmp_path / "raw", name="raw", source={}) as writer:
+        writer.write("raw", {"jpg": b"raw"}, {})
+    raw = open_dataset(tmp_path / "raw")
+    parents = [{"fingerprint": raw.fingerprint}, {"fingerprint": "0" * 64}, {}, "odd"]
+    with ShardWriter(
+        tmp_path / "clean", name="clean", source={"kind": "curate", "parents": parents}
+    ) as writer:
+        writer.write("clean", {"jpg": b"clean"}, {})
+    trained.record_dataset(raw)
+    for _ in range(2):
+        clean_id = trained.record_dataset(open_dataset(tmp_path / "clean"))
+    with trained.reading() as session:
+        found = ancestors_of(session, clean_id)
+        assert [(one.relation, one.dataset.fingerprint) for one in found] == [
+            ("curate", raw.fingerprint)
+        ]
 
 
 def test_a_folder_is_that_of_the_run_trained_anew(trained: Registry, tmp_path: Path) -> None:
