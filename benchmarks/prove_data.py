@@ -109,9 +109,7 @@ def stages(web: Web, work: Path) -> list[Stage]:
         "web": (str(work / "list.csv"), *INGEST_WEB, "--allow-host", web.address),
         "store": (*STORE_SOURCES, "--language", "en"),
     }
-    found = [
-        Stage(f"ingest {n}", ("ingest", *sources[n], "--out", n, *REGISTRY), n, 0.5) for n in SETS
-    ]
+    found = [Stage(f"ingest {n}", ("ingest", *sources[n], "--out", n, *REGISTRY), n) for n in SETS]
     against = ("--against", str(work / "evaluation"), *REGISTRY)
     for n in SETS:
         curate = ("curate", str(work / "pipeline.yaml"), n, "--out", f"clean-{n}", *against)
