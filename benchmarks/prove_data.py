@@ -16,7 +16,6 @@ results/prove_data.jsonl.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -97,7 +96,11 @@ class Stage:
     def finish(self, folder: Path, log: Path) -> float:
         """Run it to its end; returns the seconds. Raises Violation when it fails."""
         begin = time.monotonic()
-        code = self.launch(folder, log).wait()
+        process = self.launch(folder, log)
+        try:
+            code = process.wait()
+        finally:
+            kill_all(process)
         if code != 0 or not (folder / self.makes).exists():
             raise Violation(f"{self.name} ended with {code}:\n{log.read_text()[-3000:]}")
         return round(time.monotonic() - begin, 2)
@@ -131,9 +134,12 @@ def killed(stage: Stage, work: Path, state: dict[str, Any], keep: Callable[[], N
         draw = random.Random(f"{stage.name} {len(kills)} {state.get('ended', 0)}")
         after_s = draw.uniform(0.3, 0.8 * state["undisturbed_s"])
         process = stage.launch(folder, log)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             process.wait(timeout=after_s)
-        kill_all(process)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            kill_all(process)
         if process.returncode not in (0, -signal.SIGKILL):
             raise Violation(f"{stage.name} ended by itself with {process.returncode}: see {log}")
         if process.returncode != 0:
@@ -278,9 +284,11 @@ def prove(work: Path, web: Web, *, num_kills: int, num_steps: int) -> dict[str, 
     figures["statistics"] = statistics(work, num_kills)
     num_packed = num_steps * 4  # its steps are short
     packed = packed_values(dict.fromkeys(SETS, Path()), num_packed)
+    pairs = config_values(Path(), num_steps)
+    pairs["evaluation"] = packed["evaluation"]  # none
     figures["training"] = [
         train("kill-packed", packed, work, num_kills),
-        train("kill-pairs", config_values(Path(), num_steps), work, num_kills),
+        train("kill-pairs", pairs, work, num_kills),
     ]
     return {
         "stages": {stage.name: state[stage.name] for stage in stages(web, work)},
