@@ -133,13 +133,14 @@ def killed(stage: Stage, work: Path, state: dict[str, Any], keep: Callable[[], N
     while len(kills) < state["num_kills"]:
         draw = random.Random(f"{stage.name} {len(kills)} {state.get('ended', 0)}")
         after_s = draw.uniform(0.3, 0.8 * state["undisturbed_s"])
-        process = stage.launch(folder, log)
+        process, begin = stage.launch(folder, log), time.monotonic()
         try:
             process.wait(timeout=after_s)
         except subprocess.TimeoutExpired:
             pass
         finally:
             kill_all(process)
+        after_s = time.monotonic() - begin
         if process.returncode not in (0, -signal.SIGKILL):
             raise Violation(f"{stage.name} ended by itself with {process.returncode}: see {log}")
         if process.returncode != 0:
