@@ -131,6 +131,10 @@ def killed(stage: Stage, work: Path, state: dict[str, Any], keep: Callable[[], N
     folder, log = work / "killed", work / "killed" / f"{stage.makes}.log"
     kills = state.setdefault("kills", [])
     while len(kills) < state["num_kills"]:
+        if (folder / stage.makes).exists():
+            compare(stage.makes, work)
+            shutil.rmtree(folder / stage.makes)
+            state["ended"] = state.get("ended", 0) + 1
         draw = random.Random(f"{stage.name} {len(kills)} {state.get('ended', 0)}")
         after_s = draw.uniform(0.3, 0.8 * state["undisturbed_s"])
         process, begin = stage.launch(folder, log), time.monotonic()
@@ -146,11 +150,6 @@ def killed(stage: Stage, work: Path, state: dict[str, Any], keep: Callable[[], N
         if process.returncode != 0:
             kills.append({"after_s": round(after_s, 2), "safe": num_safe(folder, stage.makes)})
             print(f"{stage.name}: killed after {after_s:.1f} s, {kills[-1]['safe']}", flush=True)
-        if (folder / stage.makes).exists():
-            compare(stage.makes, work)
-            if len(kills) < state["num_kills"]:
-                shutil.rmtree(folder / stage.makes)
-                state["ended"] = state.get("ended", 0) + 1
         keep()
     if (folder / stage.makes).exists():  # the last kill came after that, perhaps before its row
         Stage("register", ("data", "register", stage.makes, *REGISTRY), stage.makes).finish(
