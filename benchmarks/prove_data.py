@@ -136,7 +136,7 @@ def killed(stage: Stage, work: Path, state: dict[str, Any], keep: Callable[[], N
             shutil.rmtree(folder / stage.makes)
             state["ended"] = state.get("ended", 0) + 1
         draw = random.Random(f"{stage.name} {len(kills)} {state.get('ended', 0)}")
-        after_s = draw.uniform(0.3, 0.8 * state["undisturbed_s"])
+        after_s = draw.uniform(0.3, 0.95 * state["undisturbed_s"])
         process, begin = stage.launch(folder, log), time.monotonic()
         try:
             process.wait(timeout=after_s)
@@ -229,7 +229,7 @@ def compare_sets(work: Path) -> dict[str, Any]:
 def rejected(folder: Path) -> dict[str, int]:
     """How many entries ingest rejected, by reason without its numbers."""
     lines = (folder / "rejected.jsonl").read_text().splitlines()
-    found = Counter(re.sub(r"[\d,]*\d", "N", json.loads(line)["reason"]) for line in lines)
+    found = Counter(re.sub(r"\b\d[\d,.]*\b", "N", json.loads(line)["reason"]) for line in lines)
     return dict(found.most_common())
 
 

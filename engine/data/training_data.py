@@ -212,7 +212,11 @@ def only_set(config: DataConfig) -> OpenedSet:
     """The one set that a run reads. Raises UserError where it reads a mixture: name one then."""
     if config.mixture:
         names = ", ".join(config.mixture)
-        raise UserError(f"the run reads a mixture of {names}: name the path of a set")
+        raise UserError(
+            f"the run reads a mixture of {names}: name the path of a set, by --data of a command, or "
+            "by evaluation.retrieval.NAME.path in a recipe (evaluation.in_training.every=0 scores "
+            "nothing while training)"
+        )
     return open_training(config)[0]
 
 

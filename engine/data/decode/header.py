@@ -38,6 +38,8 @@ def read_header(data: bytes) -> MediumHeader:
         return MediumHeader(suffix, _sound_facts(data))
     if (suffix := _suffix(video_format, data)) is not None:
         return MediumHeader(suffix, _video_facts(data))
+    if not data:
+        raise DecodeError("it is empty")
     raise DecodeError(
         "not a JPEG, PNG, WebP, GIF or BMP picture, WAV, FLAC, OGG or MP3 sound, MP4 or WebM "
         f"video; it starts with {data[:8]!r}"

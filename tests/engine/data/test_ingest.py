@@ -212,7 +212,7 @@ def test_hostile_items_are_listed_with_their_reason(tmp_path: Path, workers: int
     expected = {
         "cut.jpg": "cannot be decoded",
         "fake.png": "not a JPEG, PNG, WebP, GIF or BMP",
-        "empty.png": "not a JPEG, PNG, WebP, GIF or BMP",
+        "empty.png": "it is empty",
         "blank.png": "no caption is left",
         "long.png": "1,000,000 characters",
         "bytes.png": "decode",

@@ -154,7 +154,9 @@ def test_what_the_sets_lack_is_named(sets: dict[str, str], tmp_path: Path) -> No
     mixture = {"one": {"path": sets["small"]}, "two": {"path": sets["large"], "split": "dev"}}
     with pytest.raises(UserError, match=r"data\.mixture\.two\.split: dev is not in the set"):
         training_data(build(DataConfig, {"mixture": mixture}), 0)
-    with pytest.raises(UserError, match="reads a mixture of small, large: name the path"):
+    with pytest.raises(
+        UserError, match="reads a mixture of small, large: name the path of a set, by"
+    ):
         only_set(config_of(sets))
     heavy = {
         "one": {"path": sets["small"], "weight": 1},
