@@ -32,7 +32,11 @@ COMMANDS = (
         "turn a data set into vectors by a run's model",
     ),
     Command(("search",), "carillon.engine.index.search", "find pictures by text or by picture"),
-    Command(("data", "emoji"), "carillon.engine.data.emoji", "build the emoji set, 30 languages"),
+    Command(
+        ("data", "emoji"), "carillon.engine.data.sets.emoji", "build the emoji set, 30 languages"
+    ),
+    Command(("data", "stamps"), "carillon.engine.data.sets.stamps", "build the stamps set"),
+    Command(("data", "prompts"), "carillon.engine.data.sets.prompts", "build the prompts set"),
     Command(
         ("data", "register"),
         "carillon.engine.registry.register",

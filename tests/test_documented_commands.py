@@ -39,7 +39,7 @@ class NotRun(NamedTuple):
     tested: str
 
 
-_NPM = NotRun("fetches packages with npm, or needs them", "tests/engine/data/test_emoji.py")
+_NPM = NotRun("fetches packages with npm, or needs them", "tests/engine/data/sets/test_emoji.py")
 _BUILD = NotRun("builds the environment that this test runs in", ".ci/run")
 NOT_RUN = {
     "make install": _BUILD,

@@ -1,4 +1,4 @@
-"""Reads the packages of the emoji set: names by concept, and pictures joined with concepts.
+"""Reads the pictures of the emoji set's packages, joined with concepts.
 
 An Iconify pack lists its icons' code points in chars.json; the older ones do not and are joined by
 icon name with the naming pack. SVG bodies become whole documents, not yet rendered.
@@ -6,16 +6,15 @@ icon name with the naming pack. SVG bodies become whole documents, not yet rende
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from carillon.engine.config import UserError
-from carillon.engine.data.emoji_concepts import concept_of_hex, concept_of_text
-from carillon.engine.data.emoji_sources import Pack, Sources, read_json, read_members
-
-Names = dict[str, dict[str, tuple[str, list[str]]]]
+from carillon.engine.data.sets.emoji_concepts import concept_of_hex
+from carillon.engine.data.sets.emoji_sources import Pack, Sources
+from carillon.engine.data.sets.npm import read_json, read_members
 
 _FORBIDDEN = ("<image", "<text", "<script", "<foreignObject", "<!")
 
@@ -27,28 +26,6 @@ class Picture:
     concept: str
     pack: Pack
     content: str | bytes
-
-
-def read_names(folder: Path, sources: Sources, languages: Sequence[str]) -> Names:
-    """concept -> language -> (short name, keywords)."""
-    names: Names = {}
-    for package, kind in (
-        (sources.names, "annotations"),
-        (sources.derived_names, "annotationsDerived"),
-    ):
-        path = folder / package.file
-        members = read_members(path)
-        known = sorted(name.split("/")[2] for name in members if name.count("/") == 3)
-        for language in languages:
-            if language not in known:
-                raise UserError(f"--languages {language}: CLDR has {', '.join(known)}")
-            member = f"package/{kind}/{language}/annotations.json"
-            annotations = read_json(members, member, path)[kind]["annotations"]
-            for characters, entry in annotations.items():
-                if name := next(iter(entry.get("tts", [])), ""):
-                    by_language = names.setdefault(concept_of_text(characters), {})
-                    by_language.setdefault(language, (name, entry.get("default", [])))
-    return names
 
 
 def read_pictures(
