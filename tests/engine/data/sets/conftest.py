@@ -1,5 +1,6 @@
 import gzip
 import io
+import json
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from carillon.engine.data.samples import RawSample
+from carillon.engine.data.sets.npm import Package
 from carillon.engine.data.sets.sound import encode_flac
 from carillon.engine.data.shards import Dataset
 
@@ -56,6 +58,60 @@ def write_deb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteDeb:
         return folder
 
     return write
+
+
+@pytest.fixture
+def write_npm(tmp_path: Path) -> Callable[[Package, Mapping[str, object]], None]:
+    """Writes a package's tarball with JSON files into the folder of write_deb."""
+
+    def write(package: Package, files: Mapping[str, object]) -> None:
+        encoded = {f"package/{name}": json.dumps(data).encode() for name, data in files.items()}
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for name, data in encoded.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        path = tmp_path / "debs" / package.file
+        path.write_bytes(gzip.compress(buffer.getvalue(), mtime=0))
+
+    return write
+
+
+# A few emoji with their names as CLDR has them; by hash, the cat and the two hearts are held out.
+NAMED = {
+    "🔴": {"en": "red circle", "fr": "disque rouge", "ar": "دائرة حمراء", "de": "roter Punkt"},
+    "❤": {"en": "red heart", "fr": "cœur rouge", "ar": "قلب أحمر", "de": "rotes Herz"},
+    "💜": {"en": "purple heart", "fr": "cœur violet", "ar": "قلب بنفسجي", "de": "lila Herz"},
+    "👍": {"en": "thumbs up", "fr": "pouce vers le haut", "ar": "إبهام لأعلى", "de": "Daumen hoch"},
+    "🐈": {"en": "cat", "fr": "chat", "ar": "قطة", "de": "Katze"},
+    "🐕": {"en": "dog", "fr": "chien", "ar": "كلب", "de": "Hund"},
+    "🐟": {"en": "fish", "fr": "poisson", "ar": "سمكة", "de": "Fisch"},
+    "🌳": {"en": "deciduous tree", "fr": "arbre", "ar": "شجرة", "de": "Laubbaum"},
+    "🚲": {"en": "bicycle", "fr": "vélo", "ar": "دراجة", "de": "Fahrrad"},
+    "🏠": {"en": "house", "fr": "maison", "ar": "منزل", "de": "Haus"},
+    "☂": {"en": "umbrella", "fr": "parapluie", "ar": "مظلة", "de": "Regenschirm"},
+    "🍎": {"en": "red apple", "fr": "pomme rouge", "ar": "تفاحة حمراء", "de": "roter Apfel"},
+}
+CLDR = (Package(spec="names@1.0.0", sha256=None), Package(spec="derived@1.0.0", sha256=None))
+
+
+@pytest.fixture
+def cldr(
+    write_deb: WriteDeb, write_npm: Callable[[Package, Mapping[str, object]], None]
+) -> tuple[Package, Package]:
+    """Packages of names in four languages, written into the folder of write_deb."""
+    for package, kind in zip(CLDR, ("annotations", "annotationsDerived"), strict=True):
+        files: dict[str, object] = {}
+        for language in ("en", "fr", "ar", "de"):
+            entries = {
+                emoji: {"tts": [names[language]], "default": names[language].split()}
+                for emoji, names in NAMED.items()
+            }
+            body = {kind: {"annotations": entries if kind == "annotations" else {}}}
+            files[f"{kind}/{language}/annotations.json"] = body
+        write_npm(package, files)
+    return CLDR
 
 
 @pytest.fixture(scope="session")
