@@ -38,6 +38,8 @@ COMMANDS = (
     Command(("data", "stamps"), "carillon.engine.data.sets.stamps", "build the stamps set"),
     Command(("data", "prompts"), "carillon.engine.data.sets.prompts", "build the prompts set"),
     Command(("data", "text-lines"), "carillon.engine.data.sets.text_lines", "build the lines set"),
+    Command(("data", "clips"), "carillon.engine.data.sets.clips", "build the clips set"),
+    Command(("data", "speech"), "carillon.engine.data.sets.speech", "build the speech set"),
     Command(
         ("data", "register"),
         "carillon.engine.registry.register",

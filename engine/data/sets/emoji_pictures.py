@@ -6,16 +6,20 @@ icon name with the naming pack. SVG bodies become whole documents, not yet rende
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from carillon.engine.config import UserError
 from carillon.engine.data.sets.emoji_concepts import concept_of_hex
 from carillon.engine.data.sets.emoji_sources import Pack, Sources
 from carillon.engine.data.sets.npm import read_json, read_members
 
+_MAX_SIDE = 4096
 _FORBIDDEN = ("<image", "<text", "<script", "<foreignObject", "<!")
 
 
@@ -52,6 +56,30 @@ def read_pictures(
     if not pictures:
         raise UserError(f"no picture in {folder} has a name in the languages asked for")
     return sorted(pictures, key=lambda picture: (picture.concept, picture.pack.vendor))
+
+
+def draw_picture(content: str | bytes, side: int) -> Image.Image:
+    """A picture's content with its transparency, `side` pixels square. Raises UserError."""
+    if isinstance(content, bytes):
+        file = io.BytesIO(content)
+    else:
+        import resvg_py
+
+        svg = content.replace('"SIZE"', f'"{side}"')
+        try:
+            # Loading system fonts would cost 20 times the rendering and differ by machine.
+            file = io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)))
+        except ValueError as error:
+            raise UserError(f"a picture of the packages cannot be rendered: {error}") from None
+    try:
+        with Image.open(file, formats=["PNG", "WEBP"]) as image:
+            if max(image.size) > _MAX_SIDE:
+                raise UserError(f"a picture of the packages has {image.width} x {image.height}")
+            # Premultiplied, so that the colour of clear pixels does not bleed into the rim.
+            drawn = image.convert("RGBA").convert("RGBa")
+            return drawn.resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"a picture of the packages cannot be read: {error}") from None
 
 
 def _join(
