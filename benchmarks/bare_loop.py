@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 from carillon.engine.data.loader import TrainingLoader
 from carillon.engine.data.pairs import PositionedSamples
-from carillon.engine.data.positioned import open_split
 from carillon.engine.data.tokenizer import Tokenizer
+from carillon.engine.data.training_data import training_data
 from carillon.engine.data.transforms import normalize
 from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.train.optim import learning_rate
@@ -27,12 +27,10 @@ def train(config: RunConfig, lines: Path) -> None:
     optimization, steps = config.optimization, config.optimization.steps or 0
     tokenizer = Tokenizer.load(config.data.tokenizer.path or "")
     samples = PositionedSamples(
-        open_split(config.data),
-        config.data,
+        training_data(config.data, config.experiment.seed),
         tokenizer,
         size=vision_config(config.model.vision_backbone, config.model.vision).image_size,
         context=text_config(config.model.text_backbone, config.model.text).context,
-        seed=config.experiment.seed,
     )
     loader = TrainingLoader(samples, rank=0, world_size=1, device=torch.device("cpu"))
     model = new_dual_encoder(config, tokenizer.vocab_size)

@@ -31,8 +31,8 @@ from webdataset_loader import padded_tokens, pipeline
 
 from carillon.engine.data.loader import TrainingLoader
 from carillon.engine.data.pairs import Batch, PositionedSamples
-from carillon.engine.data.positioned import open_split
 from carillon.engine.data.tokenizer import Tokenizer
+from carillon.engine.data.training_data import training_data
 from carillon.engine.data.transforms import normalize
 from carillon.engine.models.catalog import text_config, vision_config
 from carillon.engine.train.run_config import RunConfig, load_config
@@ -103,12 +103,10 @@ def our_batches(config: RunConfig, tokenizer: Tokenizer) -> Pairs:
     vision = vision_config(config.model.vision_backbone, config.model.vision)
     context = text_config(config.model.text_backbone, config.model.text).context
     samples = PositionedSamples(
-        open_split(config.data),
-        config.data,
+        training_data(config.data, config.experiment.seed),
         tokenizer,
         size=vision.image_size,
         context=context,
-        seed=config.experiment.seed,
     )
     loader = TrainingLoader(samples, rank=0, world_size=1, device=torch.device("cpu"))
     with closing(iter(loader)) as batches:

@@ -35,6 +35,7 @@ from carillon.engine.data.pairs import PositionedSamples
 from carillon.engine.data.shard_index import index_header
 from carillon.engine.data.shards import open_dataset
 from carillon.engine.data.tokenizer import Tokenizer, captions_of
+from carillon.engine.data.training_data import training_data
 from carillon.engine.data.transforms import ImageAugmentConfig
 
 SIZE, CONTEXT, BATCH = 64, 32, 128
@@ -61,15 +62,8 @@ def _config_of(name: str, workers: int = 0) -> DataConfig:
 
 
 def _open(config: DataConfig, tokenizer: Tokenizer) -> TrainingLoader:
-    splits = open_dataset(config.path or list(config.shards)).splits
-    samples = PositionedSamples(
-        splits.get("train") or splits["all"],
-        config,
-        tokenizer,
-        size=SIZE,
-        context=CONTEXT,
-        seed=1337,
-    )
+    data = training_data(config, 1337)
+    samples = PositionedSamples(data, tokenizer, size=SIZE, context=CONTEXT)
     return TrainingLoader(samples, rank=0, world_size=1, device=torch.device("cpu"))
 
 
@@ -176,7 +170,7 @@ def test_start_up(benchmark: Any, tmp_path: Path, tokenizer: Tokenizer, by: str)
         opened[times].append(time.process_time() - began)
         next(iter(loader))
         first[times].append(time.process_time() - began)
-        num_samples[times] = loader.samples.held_out.num_training
+        num_samples[times] = loader.samples.data.num_training
 
     benchmark.pedantic(lambda: [start(t) for t in configs], rounds=15, warmup_rounds=2)
     to_first = {times: statistics.median(took) for times, took in first.items()}
@@ -201,7 +195,7 @@ def test_memory_over_two_epochs(benchmark: Any, tokenizer: Tokenizer) -> None:
     """Resident memory of the training process and its worker at five points of two epochs."""
     torch.set_num_threads(1)
     loader = _open(_config_of("flickr8k", workers=1), tokenizer)
-    num_batches = 2 * loader.samples.held_out.num_training // BATCH
+    num_batches = 2 * loader.samples.data.num_training // BATCH
     points = [round(num_batches * share) for share in (0.1, 0.325, 0.55, 0.775, 1.0)]
     resident: list[list[float]] = []
 

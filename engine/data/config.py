@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -72,6 +73,66 @@ class ShuffleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackingConfig:
+    """`data.packing`: how a decoder's rows are filled with captions."""
+
+    window: int = setting(
+        16, "Samples that each stream looks through for one that fits.", min=1, max=100_000
+    )
+    streams: int = setting(
+        4,
+        "Streams that take turns at each row of the batch; a process uses at most as many "
+        "loader workers, a number that divides it.",
+        min=1,
+        max=1024,
+    )
+    max_documents: int = setting(
+        256, "Captions that a row has room for, or a third of its tokens.", min=1, max=65_536
+    )
+
+
+_SET_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetConfig:
+    """`data.mixture.<name>`: one of several sets."""
+
+    path: str | None = setting(
+        None, "A data set folder, or a folder or pattern of WebDataset tars."
+    )
+    shards: tuple[str, ...] = setting((), "Instead of path: tar files or brace patterns.")
+    split: str | None = setting(None, "Split to train on; none: `train`, or the set's only split.")
+    weight: float | None = setting(
+        None, "Share of the samples, over the sum of all weights; none: its number of rows.", min=0
+    )
+
+    def check(self) -> Iterator[str]:
+        yield from _source_problems(self.path, self.shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinConfig(SetConfig):
+    """`data.joins.<name>`: a set that joins the mixture later."""
+
+    from_position: int = setting(
+        help="Samples of the run, over all processes, before the set joins.", min=1, max=1 << 50
+    )
+
+
+def _source_problems(path: str | None, shards: tuple[str, ...]) -> Iterator[str]:
+    if (path is None) == (not shards):
+        yield "path: give either path or shards (a folder, or a list of tars)"
+    given, how = ("shards", "[FOLDER]") if shards else ("path", "FOLDER")
+    for source in shards or ((path,) if path is not None else ()):
+        if "://" in source:
+            yield (
+                f"{given}: {source} is remote; object stores come with the data plane. "
+                f"Copy the shards to a local folder and set data.{given}={how}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """`data`: what is read and how it becomes batches."""
 
@@ -80,6 +141,20 @@ class DataConfig:
     )
     shards: tuple[str, ...] = setting((), "Instead of path: tar files or brace patterns.")
     split: str | None = setting(None, "Split to train on; none: `train`, or the set's only split.")
+    mixture: dict[str, SetConfig] = setting({}, "Instead of path: several sets, by names.")
+    joins: dict[str, JoinConfig] = setting(
+        {},
+        "Sets that join the mixture at a stated position. A run that has not come so far may be "
+        "given more of them and goes on; its checkpoints say which it has had.",
+        hashed=False,
+    )
+    mixture_temperature: float = setting(
+        1.0,
+        "Shares are weights (or numbers of rows) to the power 1/temperature; above 1 small sets "
+        "are read more often.",
+        min=0.1,
+        max=100.0,
+    )
     validation_every: int = setting(
         0, "Hold out every n-th row for validation; 0 holds out none.", min=0, max=1_000_000_000
     )
@@ -96,12 +171,7 @@ class DataConfig:
         max=MAX_BATCH_SIZE,
     )
     shuffle: ShuffleConfig = section(ShuffleConfig)
-    documents_per_row: int = setting(
-        16,
-        "Captions in a decoder's row; what goes past its end is left out, the rest is padding.",
-        min=1,
-        max=65_536,
-    )
+    packing: PackingConfig = section(PackingConfig)
     num_workers: int = setting(
         1,
         "Loader processes beside each training process; 0 loads in it.",
@@ -111,6 +181,13 @@ class DataConfig:
     )
     prefetch_batches: int = setting(
         4, "Batches each worker keeps ready.", min=1, max=1000, hashed=False
+    )
+    worker_timeout_s: float = setting(
+        300.0,
+        "Seconds after which a loader process that delivers nothing is replaced.",
+        min=5,
+        max=86_400,
+        hashed=False,
     )
     max_bad_share: float = setting(
         0.01,
@@ -123,11 +200,22 @@ class DataConfig:
     language_weights: dict[str, float] = setting(
         {}, "Weight of a language in the choice of caption."
     )
+    language_temperature: float | None = setting(
+        None,
+        "Choose languages as often as their number of captions to the power 1/temperature, times "
+        "language_weights; none: evenly among those that a row has.",
+        min=0.1,
+        max=100.0,
+    )
     tokenizer: TokenizerConfig = section(TokenizerConfig)
 
     def check(self) -> Iterator[str]:
-        if (self.path is None) == (not self.shards):
-            yield "path: give either path or shards (a folder, or a list of tars)"
+        yield from (
+            self._mixture_problems() if self.mixture else _source_problems(self.path, self.shards)
+        )
+        if not self.mixture and (self.joins or changed(self, "mixture_temperature")):
+            name = "joins" if self.joins else "mixture_temperature"
+            yield f"{name}: given, but there is no mixture; name the sets in data.mixture"
         if self.validation_every == 1:
             yield "validation_every: 1 would hold out every row; 0 (none) or at least 2 is allowed"
         for language, weight in self.language_weights.items():
@@ -140,13 +228,19 @@ class DataConfig:
                 f"language_weights: {', '.join(unused)} given, but filters.lang_allow has only "
                 f"{', '.join(allowed)}; add to that list or drop the weight"
             )
-        given, how = ("shards", "[FOLDER]") if self.shards else ("path", "FOLDER")
-        for source in self.sources():
-            if "://" in source:
-                yield (
-                    f"{given}: {source} is remote; object stores come with the data plane. "
-                    f"Copy the shards to a local folder and set data.{given}={how}"
-                )
 
-    def sources(self) -> tuple[str, ...]:
-        return self.shards or ((self.path,) if self.path is not None else ())
+    def _mixture_problems(self) -> Iterator[str]:
+        for name in ("path", "shards", "split"):
+            if getattr(self, name):
+                yield f"{name}: given beside mixture; write it below a set of the mixture"
+        sets = {**self.mixture, **self.joins}
+        for name in sets:
+            if not _SET_NAME.fullmatch(name):
+                yield f"mixture: {name!r} is no name; use letters, digits, - and _, at most 64"
+            if name in self.mixture and name in self.joins:
+                yield f"joins: {name} is in mixture already; give it another name"
+        if len({one.weight is None for one in sets.values()}) > 1:
+            lacking = ", ".join(name for name, one in sets.items() if one.weight is None)
+            yield f"mixture: {lacking} without a weight; give all sets one, or none"
+        if all(one.weight == 0 for one in self.mixture.values()):
+            yield "mixture: all weights are 0; one at least must be above"

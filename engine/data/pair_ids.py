@@ -7,6 +7,7 @@ asking another; of a batch of n, two different values share one by a chance of n
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from carillon.engine.config import UserError
 from carillon.engine.data.order import stable_hash
@@ -32,9 +33,20 @@ def pair_id(raw: RawSample, field: str) -> int:
     return stable_hash(value) >> 1
 
 
-def check_field(split: Split, field: str) -> None:
-    """Raises UserError when none of some samples, evenly spread, has the field: it would do
-    nothing."""
+def check_field(splits: Sequence[Split], field: str) -> None:
+    """Raises UserError when none of some samples of each split, evenly spread, has the field: it
+    would do nothing."""
+    named = sum((_fields_of(split) for split in splits), Counter[str]())
+    if named and field not in named:
+        num = sum(min(len(split), _NUM_CHECKED) for split in splits)
+        fields = ", ".join(name for name, _ in named.most_common(_MAX_NAMED))
+        raise UserError(
+            f"loss.itc.same_field: none of {num} samples has {field!r}; they "
+            f"have {fields}. Name one of these, or leave it out"
+        )
+
+
+def _fields_of(split: Split) -> Counter[str]:
     named: Counter[str] = Counter()
     rows = {k * len(split) // _NUM_CHECKED for k in range(_NUM_CHECKED)} if len(split) else set()
     for row in sorted(rows):
@@ -42,9 +54,4 @@ def check_field(split: Split, field: str) -> None:
             named.update(split.read(row).meta.keys())
         except SampleError:
             continue  # training judges how many may be bad
-    if named and field not in named:
-        fields = ", ".join(name for name, _ in named.most_common(_MAX_NAMED))
-        raise UserError(
-            f"loss.itc.same_field: none of {len(rows)} samples of the split has {field!r}; they "
-            f"have {fields}. Name one of these, or leave it out"
-        )
+    return named

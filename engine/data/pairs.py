@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from carillon.engine.data.config import DataConfig
 from carillon.engine.data.decode.image import decode_rgb
 from carillon.engine.data.order import position_generator
+from carillon.engine.data.packing import StreamState
 from carillon.engine.data.pair_ids import NO_ID, pair_id
 from carillon.engine.data.positioned import Positioned
-from carillon.engine.data.shards import SampleError, Split
+from carillon.engine.data.samples import RawSample, SampleError
 from carillon.engine.data.tokenizer import Tokenizer
+from carillon.engine.data.training_data import TrainingData
 from carillon.engine.data.transforms import Picture, needed_side, train_transform
 
 
@@ -45,6 +46,10 @@ class Batch(NamedTuple):
     bad: list[tuple[str, str]]
     num_filtered: int = 0
     ids: Tensor | None = None
+
+    @property
+    def streams(self) -> Mapping[int, StreamState]:
+        return {}
 
     def to(self, device: torch.device) -> Batch:
         return self._replace(
@@ -77,42 +82,39 @@ class PositionedSamples(Positioned[Batch]):
 
     def __init__(
         self,
-        split: Split,
-        config: DataConfig,
+        data: TrainingData,
         tokenizer: Tokenizer,
         *,
         size: int,
         context: int,
-        seed: int,
         same_field: str | None = None,
     ) -> None:
-        super().__init__(split, config, seed)
+        super().__init__(data)
         self.tokenizer, self.size, self.same_field = tokenizer, size, same_field
-        self._min_side = needed_side(size, config.augment.image)
-        self.context = min(config.augment.text.max_len or context, context)
-
-    @property
-    def num_per_epoch(self) -> int:
-        return self.held_out.num_training
+        self._min_side = needed_side(size, self.config.augment.image)
+        self.context = min(self.config.augment.text.max_len or context, context)
 
     def batch(self, positions: Sequence[int]) -> Batch:
         bad: list[tuple[str, str]] = []
-        samples, num_filtered = self.draw(positions, bad, self._read)
-        tokens, lengths = self.tokenizer.encode([s.caption for s in samples], self.context)
-        images = torch.from_numpy(np.stack([sample.image for sample in samples]))
+        samples, num_filtered = self.draw(positions, bad, self._sample_of)
+        with self.board.stage("collate"):
+            tokens, lengths = self.tokenizer.encode([s.caption for s in samples], self.context)
+            images = torch.from_numpy(np.stack([sample.image for sample in samples]))
         keys = [sample.key for sample in samples]
         languages = [sample.language for sample in samples]
         ids = torch.tensor([sample.pair_id for sample in samples]) if self.same_field else None
         return Batch(images, tokens, lengths, keys, languages, bad, num_filtered, ids)
 
-    def _read(self, position: int, row: int) -> TrainingSample:
-        raw = self.split.read(row)
+    def _sample_of(self, position: int, raw: RawSample) -> TrainingSample:
         generator = position_generator(self.seed, "sample", position)
         language, caption = self.choose_caption(raw, generator)
         same = pair_id(raw, self.same_field) if self.same_field is not None else NO_ID
+        media = raw.medium("image")
         try:
-            picture = decode_rgb(raw.medium("image"), min_side=self._min_side)
+            with self.board.stage("decode"):
+                picture = decode_rgb(media, min_side=self._min_side)
         except ValueError as error:
             raise SampleError(raw.key, str(error)) from None
-        image = train_transform(picture, self.size, self.config.augment.image, generator)
+        with self.board.stage("transform"):
+            image = train_transform(picture, self.size, self.config.augment.image, generator)
         return TrainingSample(position, raw.key, image, caption, language, same)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -20,10 +20,10 @@ import torch
 from torch.utils.data import Dataset
 
 from carillon.engine.config import UserError
-from carillon.engine.data.config import DataConfig
-from carillon.engine.data.order import BlockOrder, HeldOut, SampleOrder
-from carillon.engine.data.shards import Dataset as Opened
-from carillon.engine.data.shards import RawSample, SampleError, Split, open_dataset
+from carillon.engine.data.packing import StreamState
+from carillon.engine.data.samples import RawSample, SampleError
+from carillon.engine.data.stages import StageBoard
+from carillon.engine.data.training_data import Place, TrainingData, language_weights
 
 _MAX_BAD = 20  # at one position; a set this damaged is past any sensible max_bad_share
 # Rows tried at one position. Where one in a hundred qualifies, all of them fail at one position in
@@ -37,7 +37,8 @@ class PositionedBatch(Protocol):
     """What the loader and the training loop know of a batch: one process's share of a global one.
 
     `keys` of all samples in it. `bad` holds (key, reason) of the bad samples that were replaced,
-    `num_filtered` says how many sound ones were.
+    `num_filtered` says how many sound ones were. `streams` says where the streams that filled it
+    stand now, by their numbers; none where a batch follows from its positions alone.
     """
 
     @property
@@ -46,32 +47,14 @@ class PositionedBatch(Protocol):
     def bad(self) -> list[tuple[str, str]]: ...
     @property
     def num_filtered(self) -> int: ...
+    @property
+    def streams(self) -> Mapping[int, StreamState]: ...
 
     def to(self, device: torch.device) -> Self: ...
 
 
 B = TypeVar("B", bound=PositionedBatch)
 S = TypeVar("S")
-
-
-def open_training(config: DataConfig) -> tuple[Opened, Split]:
-    """The set and its split to train on. Raises UserError when either is not there."""
-    dataset = open_dataset(config.path if config.path is not None else list(config.shards))
-    if config.split is not None:
-        if config.split not in dataset.splits:
-            given = f"data.split: {config.split} is not in the set"
-            raise UserError(f"{given}; it has {', '.join(dataset.splits)}")
-        return dataset, dataset.splits[config.split]
-    if "train" in dataset.splits:
-        return dataset, dataset.splits["train"]
-    if len(dataset.splits) == 1:
-        return dataset, next(iter(dataset.splits.values()))
-    raise UserError(f"data.split: name one of the set's splits: {', '.join(dataset.splits)}")
-
-
-def open_split(config: DataConfig) -> Split:
-    """The split to train on. Raises UserError when the set or the split is not there."""
-    return open_training(config)[1]
 
 
 def _all_bad(bad: Sequence[tuple[str, str]]) -> UserError:
@@ -90,20 +73,25 @@ class FilteredSample(Exception):
 
 
 class Positioned(Dataset[Any], ABC, Generic[B]):
-    """Batches by global position; how a sample is read is a subclass's."""
+    """Batches by global position; what becomes of a sample is a subclass's."""
 
-    def __init__(self, split: Split, config: DataConfig, seed: int) -> None:
-        self.split, self.config, self.seed = split, config, seed
-        self.held_out = HeldOut(len(split), config.validation_every)
-        num, block = self.held_out.num_training, config.shuffle.block_rows
-        self.order: SampleOrder | BlockOrder = SampleOrder(num, seed)
-        if block is not None:
-            self.order = BlockOrder(num, seed, block=block, window=config.shuffle.window_blocks)
+    def __init__(self, data: TrainingData) -> None:
+        self.data, self.config, self.seed = data, data.config, data.seed
+        self.aside: set[Place] = set()  # samples that loader processes end at
+        self.board = StageBoard(1)
+        self._language_weights = language_weights(data.config, data.sets)
 
-    @property
-    @abstractmethod
-    def num_per_epoch(self) -> int:
-        """Positions of a pass over the training rows."""
+    turns: int | None = None  # steps until the same streams fill a batch again; none: no streams
+    num_streams: int = 1
+
+    def start(self, streams: Mapping[int, StreamState], board: StageBoard) -> None:
+        """Go on with streams where they stand; the next batches are asked for in order. What is
+        being done is written on the board."""
+        self.board = board
+
+    def set_aside(self, place: Place) -> None:
+        """A sample that is not to be read again."""
+        self.aside.add(place)
 
     @abstractmethod
     def batch(self, positions: Sequence[int]) -> B:
@@ -116,25 +104,31 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
         a traceback in a message.
         """
         try:
-            return self.batch(positions)
+            with self.board.stage("order"):
+                return self.batch(positions)
         except UserError as error:
             return error
+        finally:
+            self.board.at(None)
 
     def draw(
         self,
-        places: Sequence[int],
+        positions: Sequence[int],
         bad: list[tuple[str, str]],
-        read: Callable[[int, int], S],
+        make: Callable[[int, RawSample], S],
     ) -> tuple[list[S], int]:
-        """The samples at places of the order, and how many filtered rows others stand in for; bad
-        ones are added to `bad`. `read(place, row)` raises SampleError or FilteredSample."""
-        where = np.asarray(places, dtype=np.int64)
-        rows = self.held_out.training_row(self.order.rows(where))
-        drawn = [self._sample(int(p), int(r), bad, read) for p, r in zip(where, rows, strict=True)]
+        """The samples at global positions, and how many filtered rows others stand in for; bad
+        ones are added to `bad`. `make(position, raw)` raises SampleError or FilteredSample."""
+        places = self.data.places(np.asarray(positions, dtype=np.int64))
+        drawn = [self._sample(*at, bad, make) for at in zip(positions, places, strict=True)]
         return [sample for sample, _ in drawn], sum(filtered for _, filtered in drawn)
 
     def _sample(
-        self, position: int, row: int, bad: list[tuple[str, str]], read: Callable[[int, int], S]
+        self,
+        position: int,
+        place: Place,
+        bad: list[tuple[str, str]],
+        make: Callable[[int, RawSample], S],
     ) -> tuple[S, int]:
         """The sample at a position and how many filtered rows it stands in for; bad ones are added
         to `bad`."""
@@ -142,7 +136,7 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
         languages: Counter[str] = Counter()
         for attempt in range(_MAX_DRAWS):
             try:
-                return read(position, row), num_filtered
+                return make(position, self._read(place)), num_filtered
             except FilteredSample as sample:
                 num_filtered += 1
                 languages.update(sample.languages)
@@ -151,12 +145,18 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
                 bad.append((error.key, error.reason))
             if num_bad == _MAX_BAD:
                 raise _all_bad(bad[-_MAX_BAD:])
-            drawn = np.array([self.order.replacement(position, attempt)])
-            row = int(self.held_out.training_row(drawn)[0])
+            place = self.data.stand_in(place, position, attempt)
         raise self._none_qualifies(num_filtered, languages)
 
+    def _read(self, place: Place) -> RawSample:
+        if place in self.aside:
+            raise SampleError(self.data.key(place), "loader processes end at it; it was set aside")
+        self.board.at(place)
+        with self.board.stage("read"):
+            return self.data.read(place)
+
     def _none_qualifies(self, num_filtered: int, languages: Counter[str]) -> UserError:
-        weights, allowed = self.config.language_weights, self.config.filters.lang_allow
+        weights, allowed = self._language_weights, self.config.filters.lang_allow
         wanted = ", ".join(language for language in allowed if weights.get(language, 1.0) > 0)
         found = ", ".join(language for language, _ in languages.most_common(_MAX_NAMED))
         more = len(languages) - _MAX_NAMED
@@ -176,7 +176,7 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
         if not captions:
             raise SampleError(raw.key, "no caption in any language")
         languages = sorted(c for c in captions if not allowed or c in allowed)
-        weights = [self.config.language_weights.get(language, 1.0) for language in languages]
+        weights = [self._language_weights.get(language, 1.0) for language in languages]
         total = sum(weights)
         if total <= 0:
             raise FilteredSample(captions)

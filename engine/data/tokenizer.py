@@ -164,6 +164,14 @@ def captions_of(split: Split, limit: int, languages: Sequence[str] = ()) -> Iter
                 yield text
 
 
+def captions_of_all(
+    splits: Sequence[Split], limit: int, languages: Sequence[str] = ()
+) -> Iterator[str]:
+    """As captions_of, of several splits, an equal share of the limit from each."""
+    for split in splits:
+        yield from captions_of(split, max(1, limit // len(splits)), languages)
+
+
 EXAMPLES = """examples:
   carillon tokenizer train data/emoji --vocab-size 8000 --out tokenizer.json
   carillon tokenizer show tokenizer.json "un chien qui court"

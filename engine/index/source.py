@@ -2,13 +2,14 @@
 
 from carillon.engine.config import UserError
 from carillon.engine.data.config import DataConfig
-from carillon.engine.data.positioned import open_split
 from carillon.engine.data.shards import Dataset, Split, open_dataset
+from carillon.engine.data.training_data import only_set
 
 
 def training_set(data: DataConfig) -> Dataset:
-    """The data set that a run was trained on. Raises UserError when it is not there any more."""
-    return open_dataset(data.path if data.path is not None else list(data.shards))
+    """The data set that a run was trained on. Raises UserError when it is not there any more, or
+    there are several."""
+    return only_set(data).dataset
 
 
 def choose_split(path: str | None, split: str | None, data: DataConfig) -> tuple[Dataset, Split]:
@@ -24,7 +25,7 @@ def choose_split(path: str | None, split: str | None, data: DataConfig) -> tuple
             raise UserError(f"split {split} is not in {dataset.name}; it has {names}")
         return dataset, dataset.splits[split]
     if path is None:
-        return dataset, dataset.splits[open_split(data).name]
+        return dataset, dataset.splits[only_set(data).split.name]
     if len(dataset.splits) != 1:
         raise UserError(f"{dataset.name} has the splits {names}: name one")
     return dataset, next(iter(dataset.splits.values()))

@@ -8,7 +8,7 @@ the registry lacks it. A locked database delays a write by at most the lock time
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ class RunRecorder:
         cls,
         location: str | Path,
         *,
-        dataset: Dataset,
+        datasets: Sequence[Dataset],
         name: str,
         config_hash: str,
         params: Mapping[str, Any],
@@ -48,19 +48,20 @@ class RunRecorder:
         git_commit: str | None = None,
         fresh: bool = False,
     ) -> "RunRecorder":
-        """Opens the registry and records the data set and the run as running.
+        """Opens the registry and records the data sets and the run as running.
 
         Raises:
             RegistryError: the registry cannot be opened or written.
         """
         registry = Registry.open(location)
-        registry.record_dataset(dataset)
+        for dataset in datasets:
+            registry.record_dataset(dataset)
         run_id = registry.start_run(
             name,
             config_hash=config_hash,
             params=params,
             artifacts_uri=artifacts_uri,
-            dataset_fingerprint=dataset.fingerprint,
+            dataset_fingerprint=datasets[0].fingerprint,
             git_commit=git_commit,
             fresh=fresh,
         )

@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     vocab_size = config.data.tokenizer.vocab_size
     if isinstance(config.model, DecoderConfig):
-        facts = _decoder_facts(config.model, config.data.documents_per_row, vocab_size)
+        facts = _decoder_facts(config.model, vocab_size)
     else:
         facts = _dual_encoder_facts(config.model, vocab_size)
     print(f"{args.file}: good")
@@ -59,7 +59,7 @@ def _dual_encoder_facts(config: DualEncoderConfig, vocab_size: int) -> dict[str,
     }
 
 
-def _decoder_facts(config: DecoderConfig, num_documents: int, vocab_size: int) -> dict[str, str]:
+def _decoder_facts(config: DecoderConfig, vocab_size: int) -> dict[str, str]:
     from carillon.engine.models.towers.decoder import build_decoder
 
     model = build_decoder(config, vocab_size=vocab_size, device="meta")
@@ -69,5 +69,5 @@ def _decoder_facts(config: DecoderConfig, num_documents: int, vocab_size: int) -
     return {
         "parameters": f"{num:,} (vocabulary of {vocab_size:,})",
         "experts": experts + (f", {moe.shared_experts} shared" if moe.shared_experts else ""),
-        "rows": f"{num_documents} captions in {config.context} tokens",
+        "rows": f"captions packed into {config.context} tokens",
     }

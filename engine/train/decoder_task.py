@@ -13,8 +13,8 @@ from torch import Tensor
 
 from carillon.engine.data.packed_captions import CaptionRows, PackedCaptions
 from carillon.engine.data.packed_rows import PackedRows
-from carillon.engine.data.shards import Split
 from carillon.engine.data.tokenizer import Tokenizer
+from carillon.engine.data.training_data import TrainingData
 from carillon.engine.losses.language import counted
 from carillon.engine.models.towers.decoder import Decoder
 from carillon.engine.models.towers.decoder_config import DecoderConfig
@@ -39,17 +39,15 @@ class DecoderTask(Task[CaptionRows]):
         self,
         config: RunConfig,
         world: World,
-        split: Split,
+        data: TrainingData,
         tokenizer: Tokenizer,
         before_batch: Callable[[], None],
     ) -> None:
         assert isinstance(config.model, DecoderConfig)
         self._samples = PackedCaptions(
-            split,
-            config.data,
+            data,
             tokenizer,
             context=config.model.context,
-            seed=config.experiment.seed,
         )
         super().__init__(config, world, tokenizer, self._samples, before_batch)
         model = new_decoder(config, tokenizer.vocab_size)

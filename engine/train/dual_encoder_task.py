@@ -8,8 +8,8 @@ from functools import cache
 from torch import Tensor, nn
 
 from carillon.engine.data.pairs import Batch, PositionedSamples
-from carillon.engine.data.shards import Split
 from carillon.engine.data.tokenizer import Tokenizer
+from carillon.engine.data.training_data import TrainingData
 from carillon.engine.eval.suite import evaluate_in_training
 from carillon.engine.losses.contrastive import ContrastiveObjective
 from carillon.engine.models.catalog import text_config, vision_config
@@ -33,18 +33,16 @@ class DualEncoderTask(Task[Batch]):
         self,
         config: RunConfig,
         world: World,
-        split: Split,
+        data: TrainingData,
         tokenizer: Tokenizer,
         before_batch: Callable[[], None],
     ) -> None:
         assert isinstance(config.model, DualEncoderConfig)
         samples = PositionedSamples(
-            split,
-            config.data,
+            data,
             tokenizer,
             size=vision_config(config.model.vision_backbone, config.model.vision).image_size,
             context=text_config(config.model.text_backbone, config.model.text).context,
-            seed=config.experiment.seed,
             same_field=config.loss.itc.same_field,
         )
         super().__init__(config, world, tokenizer, samples, before_batch)

@@ -18,11 +18,9 @@ import torch.distributed as dist
 
 from carillon.engine.choices import divisors, either, listed, multiples
 from carillon.engine.config import UserError, config_hash, to_values
-from carillon.engine.data.order import HeldOut
 from carillon.engine.data.pair_ids import check_field
-from carillon.engine.data.positioned import open_split, open_training
-from carillon.engine.data.shards import Dataset, Split
-from carillon.engine.data.tokenizer import Tokenizer, captions_of
+from carillon.engine.data.tokenizer import Tokenizer, captions_of_all
+from carillon.engine.data.training_data import TrainingData, language_weights, training_data
 from carillon.engine.eval.report import draw_loss
 from carillon.engine.eval.suite import check_in_training
 from carillon.engine.log import Sink, configure_logging, logger, open_sinks
@@ -93,18 +91,19 @@ def _train(config: RunConfig, world: World, fresh: bool, stop: StopRequest) -> i
 
 
 def _check_data(config: RunConfig) -> None:
-    split = open_split(config.data)
+    data = training_data(config.data, config.experiment.seed)
+    language_weights(config.data, data.sets)
     if isinstance(config.model, DecoderConfig):
         every = config.data.validation_every
-        if config.evaluation.in_training.every and not HeldOut(len(split), every).num_validation:
+        if config.evaluation.in_training.every and not any(data.validation_places()):
             raise UserError(
-                f"data.validation_every: {every} holds out none of {len(split):,} rows, and "
+                f"data.validation_every: {every} holds out none of {data.num_training:,} rows, and "
                 "evaluation.in_training.every asks for scores on them; use less, or every=0"
             )
         return
     check_in_training(config.evaluation, config.data)
     if config.loss.itc.same_field is not None:
-        check_field(split, config.loss.itc.same_field)
+        check_field([one.split for one in data.sets], config.loss.itc.same_field)
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:
@@ -157,7 +156,7 @@ def _train_in(
     fresh: bool,
     stop: StopRequest,
 ) -> int:
-    dataset, trainer = _prepare(config, world, path, folder, stop)
+    data, trainer = _prepare(config, world, path, folder, stop)
     if trainer.step >= trainer.num_steps:
         if world.is_main:
             logger.info("run %s is finished; train it anew with --fresh", path)
@@ -166,7 +165,7 @@ def _train_in(
     def start_record() -> RunRecorder:
         return RunRecorder.start(
             config.logging.registry or path.parent / "registry.sqlite",
-            dataset=dataset,
+            datasets=[one.dataset for one in data.sets],
             name=path.name,
             config_hash=config_hash(config),
             params=to_values(config),
@@ -188,14 +187,14 @@ def _train_in(
 
 def _prepare(
     config: RunConfig, world: World, path: Path, folder: RunFolder | None, stop: StopRequest
-) -> tuple[Dataset, Trainer[Any]]:
+) -> tuple[TrainingData, Trainer[Any]]:
     """The data and a trainer that stands where the run's last checkpoint left it."""
-    dataset, split = open_training(config.data)
-    tokenizer = _tokenizer(config, world, path)
+    data = training_data(config.data, config.experiment.seed)
+    tokenizer = _tokenizer(config, world, path, data)
 
     def record() -> Checkpoint | None:
         if folder is not None:
-            folder.record(describe_run(config, dataset, tokenizer))
+            folder.record(describe_run(config, data, tokenizer))
         recover(path / "checkpoints")
         found = list_checkpoints(path / "checkpoints")
         if found:
@@ -203,18 +202,18 @@ def _prepare(
         return found[-1] if found else None
 
     checkpoint = on_main(world, record)
-    task = _task(config, world, split, tokenizer, stop)
+    task = _task(config, world, data, tokenizer, stop)
     trainer = Trainer(config, world, task, path=path, stop=stop)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    return dataset, trainer
+    return data, trainer
 
 
 def _task(
-    config: RunConfig, world: World, split: Split, tokenizer: Tokenizer, stop: StopRequest
+    config: RunConfig, world: World, data: TrainingData, tokenizer: Tokenizer, stop: StopRequest
 ) -> Task[Any]:
     kind = DecoderTask if isinstance(config.model, DecoderConfig) else DualEncoderTask
-    return kind(config, world, split, tokenizer, before_batch=stop.check)
+    return kind(config, world, data, tokenizer, before_batch=stop.check)
 
 
 def _fit(
@@ -261,7 +260,7 @@ def _draw_loss(path: Path) -> None:
         logger.warning("loss.png was not drawn: %s", error)
 
 
-def _tokenizer(config: RunConfig, world: World, path: Path) -> Tokenizer:
+def _tokenizer(config: RunConfig, world: World, path: Path, data: TrainingData) -> Tokenizer:
     """The run's own copy, from the config's file or trained on the training captions."""
 
     def prepare() -> None:
@@ -274,8 +273,10 @@ def _tokenizer(config: RunConfig, world: World, path: Path) -> Tokenizer:
             tokenizer = Tokenizer.load(wanted.path)
         else:
             logger.info("training a tokenizer of %d entries on the captions", wanted.vocab_size)
-            captions = captions_of(
-                open_split(config.data), wanted.max_captions, config.data.filters.lang_allow
+            captions = captions_of_all(
+                [one.split for one in data.sets],
+                wanted.max_captions,
+                config.data.filters.lang_allow,
             )
             tokenizer = Tokenizer.train(captions, vocab_size=wanted.vocab_size)
         temporary = own.with_suffix(".tmp")

@@ -22,8 +22,8 @@ from typing import IO, Any
 from torch import Tensor
 
 from carillon.engine.config import UserError, build, config_hash, read_values, to_yaml
-from carillon.engine.data.shards import Dataset
 from carillon.engine.data.tokenizer import Tokenizer
+from carillon.engine.data.training_data import TrainingData
 from carillon.engine.models.towers.dual_encoder import DualEncoder, DualEncoderConfig
 from carillon.engine.train.checkpoint import Checkpoint, list_checkpoints
 from carillon.engine.train.checkpoint_reader import read_tensors
@@ -97,14 +97,21 @@ def _read_facts(file: Path) -> dict[str, Any]:
         ) from None
 
 
-def describe_run(config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) -> dict[str, Any]:
+def describe_run(config: RunConfig, data: TrainingData, tokenizer: Tokenizer) -> dict[str, Any]:
     """What run.json holds beside the config."""
     return {
         "config_hash": config_hash(config),
         "seed": config.experiment.seed,
-        "data_name": dataset.name,
-        "data_fingerprint": dataset.fingerprint,
-        "data_path": str(dataset.path),
+        "data_fingerprint": data.fingerprint,
+        "data_sets": [
+            {
+                "name": one.dataset.name,
+                "split": one.split.name,
+                "fingerprint": one.dataset.fingerprint,
+                "path": str(one.dataset.path),
+            }
+            for one in data.sets
+        ],
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "git_commit": git_commit(),
         "python": platform.python_version(),

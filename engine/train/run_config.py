@@ -158,11 +158,8 @@ def _dual_encoder_problems(config: RunConfig, model: DualEncoderConfig) -> Itera
             f"data.augment.text.max_len: {asked} is more than the text model's context "
             f"({context}); raise model.text.context to it, or lower max_len"
         )
-    if changed(config.data, "documents_per_row"):
-        yield (
-            f"data.documents_per_row: {config.data.documents_per_row} given, but a dual encoder "
-            "takes pairs; drop it"
-        )
+    for name in changed(config.data.packing, "window", "streams", "max_documents"):
+        yield f"data.packing.{name}: given, but a dual encoder takes pairs; drop it"
 
 
 def _decoder_problems(config: RunConfig, model: DecoderConfig) -> Iterator[str]:
@@ -173,6 +170,11 @@ def _decoder_problems(config: RunConfig, model: DecoderConfig) -> Iterator[str]:
         yield (
             f"data.augment.text.max_len: {asked} is more than model.context ({model.context}), "
             "the tokens of a row; raise model.context to it, or lower max_len"
+        )
+    if config.optimization.epochs is not None:
+        yield (
+            "optimization.epochs: how many rows an epoch makes is known only once its captions "
+            "are packed; set optimization.steps"
         )
     if config.evaluation.in_training.every and not data.validation_every:
         yield (

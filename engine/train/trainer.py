@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from carillon.engine.config import UserError, config_hash
+from carillon.engine.data.loader import state_of_all
 from carillon.engine.data.order import stable_hash
 from carillon.engine.data.positioned import B
 from carillon.engine.log import Progress, Sink, cut_jsonl, logger
@@ -47,6 +48,8 @@ from carillon.engine.train.profile import GlobalWork, Throughput, Work, peak_flo
 from carillon.engine.train.run_config import RunConfig
 from carillon.engine.train.stop import StopAsked, StopRequest
 from carillon.engine.train.task import Task
+
+T = TypeVar("T")
 
 # Called on the main rank once a checkpoint is complete, with the numbers of its step.
 OnCheckpoint = Callable[[Checkpoint, Mapping[str, float]], None]
@@ -82,12 +85,12 @@ class Trainer(Generic[B]):
             is_main=world.is_main,
             form=config.logging.checkpoint_form,
         )
-        self._per_epoch = self.loader.samples.num_per_epoch
-        self.num_steps = optimization.num_steps(self._per_epoch, config.data.batch_size)
+        self._num_rows = self.loader.samples.data.num_training
+        self.num_steps = optimization.num_steps(self._num_rows, config.data.batch_size)
         if optimization.warmup_steps > self.num_steps:
             raise UserError(
                 f"optimization.warmup_steps: {optimization.warmup_steps} is more than the "
-                f"{self.num_steps} steps that optimization.epochs makes of {self._per_epoch:,} rows"
+                f"{self.num_steps} steps that optimization.epochs makes of {self._num_rows:,} rows"
             )
         self.step = 0
         self.best: dict[int, float] = {}
@@ -103,7 +106,7 @@ class Trainer(Generic[B]):
         tensors = self._tensors()
         read_tensors(checkpoint, tensors, partial=False, shapes=self._shapes_of_all(tensors))
         state = checkpoint.state
-        missing = {"loader", "guard", "best", "config_hash", "fp8_shadow"} - state.keys()
+        missing = {"loader", "joined", "guard", "best", "config_hash", "fp8_shadow"} - state.keys()
         if missing:
             raise UserError(
                 f"checkpoint {checkpoint.path} has weights and no state of a training "
@@ -113,6 +116,7 @@ class Trainer(Generic[B]):
         first = self.world.data_rank == 0  # on every process with its samples: copies are averaged
         counts = {} if first else dict.fromkeys(self.loader.counts(), 0)
         self.loader.load_state_dict(state["loader"] | counts)
+        self.loader.samples.data.check_joined(state["joined"], self.loader.read_up_to)
         self.guard.load_state_dict(state["guard"])
         self.best = {int(step): float(metric) for step, metric in state["best"].items()}
         trained, asked = state["config_hash"], config_hash(self.config)
@@ -234,7 +238,7 @@ class Trainer(Generic[B]):
         self._report_batch(batch)
         work = self.task.work(batch)
         torch.manual_seed(stable_hash(self.config.experiment.seed, "step", self.step))
-        local = batch.to(self.world.device)
+        local = self.loader.on_device()
         shadow = self._shadow_loss(local) if self.shadow.due(self.step + 1) else None
         loss = self.task.forward_backward(local)
         norm = self._clip()
@@ -258,9 +262,11 @@ class Trainer(Generic[B]):
         self.guard.check()
         self.loader.check_bad_share(**counts)
         values = {"loss": mean_loss, "lr": rate, "grad_norm": norm, "skipped": float(verdict.skip)}
-        values["epoch"] = self.loader.position / self._per_epoch
+        values["epoch"] = counts["num_read"] / self._num_rows
         values["bad_samples"] = float(counts["num_bad"])
         values["filtered_samples"] = float(counts["num_filtered"])
+        epochs = self.loader.samples.data.epochs(counts["num_read"])
+        values |= {f"epoch/{name}": epoch for name, epoch in epochs.items()}
         values |= facts
         if shadow is not None:
             values["fp8_gap"] = self.shadow.judge(mean_loss, shadow)
@@ -317,12 +323,13 @@ class Trainer(Generic[B]):
         some = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
         logger.warning("step %d skipped: %s; its samples: %s", self.step + 1, reason, some)
 
-    def _gather(self, keys: list[str]) -> list[list[str]]:
+    def _gather(self, own: T) -> list[T]:
+        """Of every data rank."""
         group = self.world.data_group
         if group is None:
-            return [keys]
+            return [own]
         parts: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(parts, keys, group=group)
+        dist.all_gather_object(parts, own, group=group)
         return parts
 
     def _write(self, values: Mapping[str, float]) -> None:
@@ -391,7 +398,8 @@ class Trainer(Generic[B]):
             "step": self.step,
             "metric": self._metric,
             "best": {str(step): metric for step, metric in self.best.items()},
-            "loader": self._loader_state(),
+            "loader": state_of_all(self._gather(self.loader.state_dict())),
+            "joined": self.loader.samples.data.joined,
             "guard": self.guard.state_dict(),
             "fp8_shadow": self.shadow.state_dict(),
             "fp8_scaling": self.fp8_scaling and self.fp8_scaling.state_dict(),
@@ -416,10 +424,3 @@ class Trainer(Generic[B]):
             ranked = sorted(self.best, key=lambda step: (-self.best[step], step))
             self.best = {step: self.best[step] for step in ranked[:keep]}
         self.store.protect(set(self.best))
-
-    def _loader_state(self) -> dict[str, int]:
-        """The position, and the counts of all ranks: the next run may have other ranks."""
-        counts = self.loader.counts()
-        values = torch.tensor(list(counts.values()), device=self.world.device)
-        sums = sum_over(values, self.world.data_group).tolist()
-        return self.loader.state_dict() | dict(zip(counts, sums, strict=True))

@@ -15,9 +15,9 @@ from carillon.engine.data.config import DataConfig
 from carillon.engine.data.loader import TrainingLoader
 from carillon.engine.data.pair_ids import NO_ID
 from carillon.engine.data.pairs import Batch, PositionedSamples
-from carillon.engine.data.positioned import open_split
 from carillon.engine.data.shards import ShardWriter, open_dataset
 from carillon.engine.data.tokenizer import Tokenizer
+from carillon.engine.data.training_data import only_set, training_data
 
 TOKENIZER = Tokenizer.train(["red green blue dog cat"], vocab_size=300)
 CPU = torch.device("cpu")
@@ -43,12 +43,10 @@ def samples(path: Path, same_field: str | None = None, **changes: Any) -> Positi
     values = {"path": str(path), "batch_size": 8, "num_workers": 0, **changes}
     config = build(DataConfig, values)
     return PositionedSamples(
-        open_split(config),
-        config,
+        training_data(config, 11),
         TOKENIZER,
         size=16,
         context=16,
-        seed=11,
         same_field=same_field,
     )
 
@@ -303,9 +301,9 @@ def test_a_split_must_be_named_where_it_is_not_clear(tmp_path: Path) -> None:
             writer.write(split, {"png": png(1)}, {"captions": {"en": ["x"]}}, split=split)
     assert set(open_dataset(tmp_path / "set").splits) == {"one", "two"}
     with pytest.raises(UserError, match=r"name one of the set's splits: one, two"):
-        open_split(build(DataConfig, {"path": str(tmp_path / "set")}))
+        only_set(build(DataConfig, {"path": str(tmp_path / "set")}))
     with pytest.raises(UserError, match=r"three is not in the set; it has one, two"):
-        open_split(build(DataConfig, {"path": str(tmp_path / "set"), "split": "three"}))
-    assert open_split(build(DataConfig, {"path": str(tmp_path / "set"), "split": "two"})).name == (
-        "two"
-    )
+        only_set(build(DataConfig, {"path": str(tmp_path / "set"), "split": "three"}))
+    assert only_set(
+        build(DataConfig, {"path": str(tmp_path / "set"), "split": "two"})
+    ).split.name == ("two")

@@ -38,7 +38,7 @@ def test_a_field_must_be_there(tmp_path: Path) -> None:
             meta = {"captions": {"en": ["a"]}, "label": i} | ({"rare": 1} if i == 150 else {})
             writer.write(f"{i:03d}", {"png": b"x"}, meta)
     (split,) = open_dataset(tmp_path / "set").splits.values()
-    check_field(split, "label")
-    check_field(split, "rare")  # the samples that are read are spread evenly
-    with pytest.raises(UserError, match="none of 100 samples of the split has 'lable'; they have"):
-        check_field(split, "lable")
+    check_field([split], "label")
+    check_field([split], "rare")  # the samples that are read are spread evenly
+    with pytest.raises(UserError, match="none of 100 samples has 'lable'; they have"):
+        check_field([split], "lable")

@@ -33,7 +33,7 @@ def warnings_of_carillon(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.Lo
 def start(location: Path, dataset: Dataset, folder: Path) -> RunRecorder:
     return RunRecorder.start(
         location,
-        dataset=dataset,
+        datasets=[dataset],
         name="tiny-c",
         config_hash="c",
         params={"lr": 0.1},

@@ -96,7 +96,7 @@ def tiny_values(data: Path) -> dict[str, Any]:
 def decoder_values(data: Path) -> dict[str, Any]:
     """A decoder whose second block is a mixture, on the same set."""
     values = tiny_values(data)
-    values["data"] |= {"documents_per_row": 4, "validation_every": 5}
+    values["data"] |= {"validation_every": 5}
     moe = {"num_experts": 4, "expert_width": 16, "dense_blocks": 1}
     moe |= {"score": "sigmoid", "bias_speed": 0.01}
     sizes = {"width": 32, "depth": 2, "num_heads": 4, "mlp_width": 32, "context": 64}

@@ -96,7 +96,7 @@ def test_a_field_that_no_sample_has_is_refused(
 ) -> None:
     assert setup.train("loss.itc.same_field=wrod") == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert "loss.itc.same_field: none of 60 samples of the split has 'wrod'; they have" in error
+    assert "loss.itc.same_field: none of 60 samples has 'wrod'; they have" in error
     assert "word" in error
     assert not setup.output.exists()
 
