@@ -20,7 +20,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, features
 
 from carillon.engine.config import UserError
 
-_Pixels = np.ndarray[Any, np.dtype[np.float64]]
+_Pixels = np.ndarray[Any, np.dtype[np.float32]]
 _Rectangle = tuple[float, float, float, float]
 _MAX_TURN_DEGREES = 3.0
 _MIN_CONTRAST = 110  # of 255, between ink and paper, so that every line can be read
@@ -143,13 +143,15 @@ def _print(mask: Image.Image, style: Style) -> bytes:
     """Ink on paper, with noise, as JPEG."""
     if style.blur:
         mask = mask.filter(ImageFilter.GaussianBlur(style.blur))
-    share = np.asarray(mask, np.float64)[..., None] / 255
-    along = np.linspace(0, 1, mask.width)[None, :, None]
-    paper: _Pixels = np.array(style.paper) * (1 - along) + np.array(style.paper_end) * along
-    pixels = paper * (1 - share) + np.array(style.ink) * share
+    share: _Pixels = np.asarray(mask, np.float32)[..., None] / np.float32(255)
+    along = np.linspace(0, 1, mask.width, dtype=np.float32)[None, :, None]
+    start, end, ink = (np.array(c, np.float32) for c in (style.paper, style.paper_end, style.ink))
+    paper: _Pixels = start + (end - start) * along
+    pixels: _Pixels = paper + (ink - paper) * share
     if style.noise:
         generator = np.random.default_rng(style.noise_seed)
-        pixels = pixels + generator.normal(0, style.noise, pixels.shape[:2])[..., None]
+        noise = generator.standard_normal(pixels.shape[:2], dtype=np.float32)
+        pixels += np.float32(style.noise) * noise[..., None]
     buffer = io.BytesIO()
     image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
     image.save(buffer, "JPEG", quality=style.jpeg_quality)

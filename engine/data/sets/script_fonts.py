@@ -80,24 +80,30 @@ def faces_of(language: str, packages: Iterable[DebianPackage]) -> list[Face]:
 
 def is_written_in(text: str, script: Script) -> bool:
     """Whether a text has letters, and all of them are of the script."""
-    names = [unicodedata.name(c, "?") for c in text if unicodedata.category(c).startswith("L")]
+    names = [name for name in map(_letter_name, text) if name]
     return bool(names) and all(name.startswith(script.letters) for name in names)
 
 
-def covers(face: Face, text: str) -> bool:
-    """Whether a face has a glyph for every visible character of a text."""
-    known = _characters(face)
-    return all(ord(c) in known for c in text if unicodedata.category(c) not in ("Cf", "Zs"))
+def characters_in(text: str) -> frozenset[int]:
+    """The code points that need a glyph: all but spaces and joiners."""
+    return frozenset(ord(c) for c in text if unicodedata.category(c) not in ("Cf", "Zs"))
 
 
 @lru_cache(maxsize=256)
-def _characters(face: Face) -> frozenset[int]:
+def characters_of(face: Face) -> frozenset[int]:
+    """The code points that a face has glyphs for. Raises UserError for a damaged font."""
     from matplotlib.ft2font import FT2Font
 
     try:
         return frozenset(FT2Font(io.BytesIO(font_bytes(face))).get_charmap())
     except RuntimeError as error:  # FreeType's word for a damaged file
         raise UserError(f"the font {face.file} of {face.package} is damaged: {error}") from None
+
+
+@lru_cache(maxsize=65_536)
+def _letter_name(char: str) -> str:
+    """A letter's Unicode name; empty for what is no letter."""
+    return unicodedata.name(char, "?") if unicodedata.category(char).startswith("L") else ""
 
 
 def _weights(*stems: str, suffix: str = "ttf") -> tuple[str, ...]:

@@ -35,7 +35,8 @@ from carillon.engine.data.sets.script_fonts import (
     FONT_PACKAGES,
     SCRIPTS,
     Face,
-    covers,
+    characters_in,
+    characters_of,
     faces_of,
     font_bytes,
     is_written_in,
@@ -177,10 +178,13 @@ def _jobs_of(
     """The pictures of a language: each a split, a face and lines that it can draw, by chance."""
     draws = random.Random(f"{seed} {language}")
     pools: dict[tuple[bool, Face], list[tuple[str, str]]] = {}
-    for face in faces:
-        for concept, lines in texts.items():
-            fitting = [(concept, text) for text in lines if covers(face, text)]
-            pools.setdefault((is_heldout(base_concept(concept)), face), []).extend(fitting)
+    for concept, lines in texts.items():
+        is_out = is_heldout(base_concept(concept))
+        for text in lines:
+            needed = characters_in(text)
+            for face in faces:
+                if needed <= characters_of(face):
+                    pools.setdefault((is_out, face), []).append((concept, text))
     usable = [face for face in faces if pools.get((False, face)) and pools.get((True, face))]
     for number in range(per_language if usable else 0):
         face, heldout = draws.choice(usable), draws.random() < _HELDOUT_SHARE
