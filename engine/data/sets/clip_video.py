@@ -13,7 +13,7 @@ from pathlib import Path
 from carillon.engine.config import UserError
 from carillon.engine.data.sets.programs import find_program, run_program
 
-_VP9 = ("-b:v", "0", "-crf", "28", "-deadline", "good", "-cpu-used", "4")
+_VP9 = ("-b:v", "0", "-crf", "28", "-deadline", "realtime", "-cpu-used", "6")
 CODECS: Mapping[str, tuple[str, ...]] = {
     "mp4": ("-c:v", "libx264", "-preset", "fast", "-crf", "20", "-movflags", "+faststart"),
     "webm": ("-c:v", "libvpx-vp9", *_VP9),

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--languages", default=languages, help=f"comma-separated CLDR codes ({languages})"
     )
     parser.add_argument(
-        "--per-language", type=int, default=200, help="clips of each language (200)"
+        "--per-language", type=int, default=100, help="clips of each language (100)"
     )
     parser.add_argument("--seed", type=int, default=0, help="what is drawn by chance (0)")
     add_build_arguments(parser, "speech", packages="npm tarballs of CLDR's names", workers=True)
@@ -112,7 +112,7 @@ def build_speech(
     out: Path,
     *,
     languages: Sequence[str] = tuple(VOICES),
-    per_language: int = 200,
+    per_language: int = 100,
     seed: int = 0,
     data: Path | None = None,
     limit: int | None = None,

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--languages", default=",".join(SCRIPTS), help="comma-separated CLDR codes (all)"
     )
     parser.add_argument(
-        "--per-language", type=int, default=200, help="pictures of each language (200)"
+        "--per-language", type=int, default=100, help="pictures of each language (100)"
     )
     parser.add_argument("--seed", type=int, default=0, help="what is drawn by chance (0)")
     packages = "Debian and npm packages' files"
@@ -102,7 +102,7 @@ def build_text_lines(
     out: Path,
     *,
     languages: Sequence[str] = tuple(SCRIPTS),
-    per_language: int = 200,
+    per_language: int = 100,
     seed: int = 0,
     data: Path | None = None,
     limit: int | None = None,
