@@ -106,7 +106,7 @@ def _heard(sound: bytes) -> tuple[np.ndarray[Any, Any], int]:
 def _spectrogram(
     heard: np.ndarray[Any, Any], rate: int, *, width: int, seconds: float, height: int
 ) -> Image.Image:
-    """Power of 0-8 kHz in dB, 70 dB from black to white, on a time scale of `width` a `seconds`."""
+    """Power of 0-8 kHz in dB, 55 dB from white to black, on a time scale of `width` a `seconds`."""
     size, hop = 512, max(1, round(seconds * rate / width))
     padded = np.pad(heard, size // 2)
     starts = np.arange(0, len(heard), hop)
@@ -114,11 +114,11 @@ def _spectrogram(
     power = np.abs(np.fft.rfft(windows, axis=1)) ** 2
     top = min(size // 2, round(8000 / rate * size))
     decibels = 10 * np.log10(power[:, :top] + 1e-8)
-    scaled = ((decibels - decibels.max() + 70) / 70).clip(0, 1)
+    scaled = ((decibels - decibels.max() + 55) / 55).clip(0, 1)
     levels = (255 - 255 * scaled.T[::-1]).astype(np.uint8)
     image = Image.new("L", (width, height), 255)
     drawn = Image.fromarray(levels).resize((len(starts), height), Image.Resampling.BILINEAR)
-    image.paste(drawn.crop((0, 0, width, height)))
+    image.paste(drawn.crop((0, 0, min(width, drawn.width), height)))
     return image.convert("RGB")
 
 

@@ -52,9 +52,14 @@ def write_deb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteDeb:
     folder = tmp_path / "debs"
     folder.mkdir()
 
-    def write(name: str, files: Mapping[str, bytes], version: str = "1.0-1") -> Path:
+    def write(
+        name: str,
+        files: Mapping[str, bytes],
+        version: str = "1.0-1",
+        links: Mapping[str, str] | None = None,
+    ) -> Path:
         path = folder / f"{name}_{version.replace(':', '%3a')}_all.deb"
-        path.write_bytes(deb_of(name, version, tar_of(files)))
+        path.write_bytes(deb_of(name, version, tar_of(files, links)))
         return folder
 
     return write

@@ -24,6 +24,19 @@ def test_files_of_a_package_are_read_by_name(write_deb: WriteDeb) -> None:
         package.read("usr/share/x/two.txt", max_bytes=100)
 
 
+def test_links_and_paths_that_lead_out_write_nothing(write_deb: WriteDeb, tmp_path: Path) -> None:
+    outside = {"../../outside.txt": b"out", "/absolute.txt": b"out"}
+    folder = write_deb("x-data", FILES | outside, links={"usr/share/x/link": "/etc/passwd"})
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    package = fetch_packages(["x-data"], folder)["x-data"]
+    assert set(package.members) >= set(FILES)
+    assert "usr/share/x/link" not in package.members
+    with pytest.raises(UserError, match="has no file usr/share/x/link"):
+        package.read("usr/share/x/link")
+    written = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+    assert {path.parent for path in written} == {tmp_path / "cache" / "carillon" / "debian"}
+
+
 def test_a_folder_without_the_package_says_how_to_get_it(write_deb: WriteDeb) -> None:
     folder = write_deb("x-data", FILES)
     with pytest.raises(UserError, match=r"lacks y-data\. Run `apt-get download y-data` in that"):
