@@ -94,7 +94,7 @@ bench-env:  ## a second environment with the peers that benchmarks compare with
 parity: install-dev  ## every layout's step against one process's: writes docs/parity.md (4 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m carillon.engine.train.parity --out docs/parity.md
 
-prove-kill: install-dev  ## kill and resume a small run forty times: nothing is lost (strace, 10 minutes)
+prove-kill: install-dev  ## kill and resume small runs sixty times: nothing is lost (strace, 20 minutes)
 	$(BIN)/python benchmarks/prove_durable.py
 	$(BIN)/python benchmarks/prove_kill.py
 

@@ -1,13 +1,17 @@
 """Proof that a killed run loses nothing: `make prove-kill`.
 
-A reference run of two processes is never interrupted. Two more of the same config are killed with
+A reference run of two processes is never interrupted. Others of the same config are killed with
 SIGKILL, every process of them at once, at random moments (a step, a time since the start, within a
-save), and resumed: series `any` with 1, 2 or 4 processes, never as many as the time before, series
-`two` always with two. It holds that after every kill each checkpoint with a final name verifies,
-that every resume starts from the newest of them, that the sequence of sample keys at the end is the
-reference's to the sample, and that series `two` ends with the reference's fp32 weights and moments
-bit for bit. State is kept in --work, so the proof itself can be interrupted; results are appended
-to results/prove_kill.jsonl.
+save), and resumed:
+- series `any`: 1, 2 or 4 processes, never as many as the time before;
+- series `two`: always two;
+- series `packed`: a decoder on rows packed from a mixture of two sets, with a reference of its own,
+  1, 2 or 4 processes and 0 to 4 loader workers.
+It holds that after every kill each checkpoint with a final name verifies, that every resume starts
+from the newest of them, that the sequence of sample keys at the end is the reference's to the
+sample, and that series `two` ends with the reference's fp32 weights and moments bit for bit. State
+is kept in --work, so the proof itself can be interrupted; results are appended to
+results/prove_kill.jsonl.
 """
 
 from __future__ import annotations
@@ -60,8 +64,9 @@ class Run:
     config: Path
     output: Path
 
-    def launch(self, num_processes: int, log: Path) -> subprocess.Popen[str]:
+    def launch(self, num_processes: int, log: Path, *, workers: int = 1) -> subprocess.Popen[str]:
         arguments = [str(self.config), f"logging.output={self.output}"]
+        arguments += [f"data.num_workers={workers}"]
         if num_processes == 1:
             command = ["-m", "carillon.engine.cli", "train", *arguments]
         else:
@@ -123,6 +128,7 @@ class Series:
     worlds: tuple[int, ...]
     num_kills: int
     num_steps: int
+    workers: tuple[int, ...] = (1,)
     kills: list[dict[str, Any]] = field(default_factory=list)
 
     def go(self, work: Path) -> None:
@@ -148,13 +154,14 @@ class Series:
         last = self.kills[-1]["processes"] if self.kills else None
         others = [world for world in self.worlds if world != last]
         world, before = draw.choice(others or self.worlds), self._newest()
+        workers = draw.choice(self.workers)
         mode = draw.choices(["step", "save", "time"], [5, 4, 1])[0]
         # On average the last kill falls near the end of the run.
         ahead = max(3.0, 2 * (self.num_steps - before) / (self.num_kills - number))
         target = min(before + draw.uniform(1, ahead), self.num_steps - 4)
         log = work / f"{self.name}-{number}.log"
         old_lines = self.run.keys_file()
-        process, started = self.run.launch(world, log), time.monotonic()
+        process, started = self.run.launch(world, log, workers=workers), time.monotonic()
         try:
             self._wait(process, mode, target, draw, old_lines)
         finally:
@@ -167,6 +174,7 @@ class Series:
         keys = self.run.keys()
         return {
             "processes": world,
+            "workers": workers,
             "mode": mode,
             "seconds": round(time.monotonic() - started, 2),
             "resumed_at": resumed,
@@ -260,6 +268,24 @@ def config_values(data: Path, num_steps: int) -> dict[str, Any]:
     }
 
 
+def packed_values(sets: dict[str, Path], num_steps: int) -> dict[str, Any]:
+    """A decoder on rows of captions of all the sets, as many from each."""
+    values = config_values(Path(), num_steps)
+    mixture = {name: {"path": str(path), "weight": 1.0} for name, path in sets.items()}
+    packing = {"window": 16, "streams": 4}
+    values["data"] |= {"path": None, "mixture": mixture, "packing": packing, "batch_size": 16}
+    values["model"] = {
+        "type": "decoder",
+        "width": 64,
+        "depth": 2,
+        "num_heads": 4,
+        "mlp_width": 128,
+        "context": 64,
+    }
+    values["evaluation"] = {"in_training": {"every": 0}}
+    return values
+
+
 def check(series: Series, reference: Run, *, bitwise: bool) -> dict[str, Any]:
     """The claims at the end of a series, as figures. Raises Violation."""
     keys = series.run.keys()
@@ -280,6 +306,7 @@ def check(series: Series, reference: Run, *, bitwise: bool) -> dict[str, Any]:
         "within_a_save": sum(kill["within_a_save"] for kill in series.kills),
         "resumes_seen": len(said) + 1,
         "processes": sorted({kill["processes"] for kill in series.kills}),
+        "workers": sorted({kill["workers"] for kill in series.kills}),
         "steps": len(keys),
         "sample_keys": sum(len(line["keys"]) for line in keys),
         "sample_keys_equal": True,
@@ -303,24 +330,40 @@ def circumstances() -> dict[str, Any]:
     }
 
 
-def prove(work: Path, *, num_kills: int, num_steps: int) -> None:
-    """Both series against one reference; appends their figures to the results."""
+def prove(work: Path, *, num_kills: int, num_steps: int, only: str | None = None) -> None:
+    """The series against their references; appends their figures to the results."""
     work.mkdir(parents=True, exist_ok=True)
-    data = EMOJI if (EMOJI / "dataset.json").is_file() else work / "generated"
-    if not (data / "dataset.json").is_file():
-        write_set(data)
-    config = work / "kill.yaml"
-    config.write_text(dump_yaml(config_values(data, num_steps)))
-    reference = Run(config, work / "reference")
-    finish(reference, 2, work / "reference.log", 0)
-    for name, worlds in (("any", (1, 2, 4)), ("two", (2,))):
-        series = Series(name, Run(config, work / name), worlds, num_kills, num_steps)
-        series.go(work)
-        figures = check(series, reference, bitwise=name == "two")
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(circumstances() | {"data": data.name} | figures) + "\n")
-        print(json.dumps({k: v for k, v in figures.items() if k != "each_kill"}, indent=1))
+    sets = {"generated": work / "generated"}
+    if not (sets["generated"] / "dataset.json").is_file():
+        write_set(sets["generated"])
+    if (EMOJI / "dataset.json").is_file():
+        sets["emoji"] = EMOJI
+    data = sets.get("emoji", sets["generated"])
+    if only != "packed":
+        config = work / "kill.yaml"
+        config.write_text(dump_yaml(config_values(data, num_steps)))
+        reference = Run(config, work / "reference")
+        finish(reference, 2, work / "reference.log", 0)
+        for name, worlds in (("any", (1, 2, 4)), ("two", (2,))):
+            series = Series(name, Run(config, work / name), worlds, num_kills, num_steps)
+            _prove_one(series, reference, work, data.name)
+    config = work / "packed.yaml"
+    num_steps *= 4  # its steps are short
+    config.write_text(dump_yaml(packed_values(sets, num_steps)))
+    reference = Run(config, work / "packed-reference")
+    finish(reference, 2, work / "packed-reference.log", 0)
+    run = Run(config, work / "packed")
+    series = Series("packed", run, (1, 2, 4), num_kills, num_steps, workers=(0, 1, 2, 3, 4))
+    _prove_one(series, reference, work, "+".join(sets))
     shutil.rmtree(work)
+
+
+def _prove_one(series: Series, reference: Run, work: Path, data: str) -> None:
+    series.go(work)
+    figures = check(series, reference, bitwise=series.name == "two")
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(circumstances() | {"data": data} | figures) + "\n")
+    print(json.dumps({k: v for k, v in figures.items() if k != "each_kill"}, indent=1))
 
 
 def main() -> int:
@@ -328,9 +371,10 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "prove_kill")
     parser.add_argument("--kills", type=int, default=20, help="kills in each series")
     parser.add_argument("--steps", type=int, default=120, help="steps of the run")
+    parser.add_argument("--only", choices=["packed"], help="this kind of run alone")
     args = parser.parse_args()
     try:
-        prove(args.work, num_kills=args.kills, num_steps=args.steps)
+        prove(args.work, num_kills=args.kills, num_steps=args.steps, only=args.only)
     except Violation as violation:
         print(f"VIOLATION: {violation}", file=sys.stderr)
         return 1
