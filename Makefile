@@ -10,7 +10,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 QUICKSTART := recipes/emoji_quickstart.yaml
 OPERATORS := contrastive packed_attention moe_routing fp8_cast image_normalize
 
-.PHONY: help install install-dev quickstart test asan lint bench-cpu bench-table bench-env bench-peers bench-scaling parity prove-kill prove-fp8 prove-sets clean
+.PHONY: help install install-dev quickstart test asan lint bench-cpu bench-table bench-env bench-peers bench-decode bench-scaling parity prove-kill prove-fp8 prove-sets fuzz-decode clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,7 +53,7 @@ test: install-dev  ## lint, types and the whole CPU suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 asan: install-dev  ## the CPU operators' tests under AddressSanitizer and UBSan (3 minutes)
 	bash tests/kernels/sanitizers/run.sh $(BIN)/python
@@ -84,6 +84,13 @@ bench-peers: bench-env  ## speed and final loss against peers (JSON in benchmark
 	.venv-bench/bin/python benchmarks/convergence.py
 	.venv-bench/bin/python benchmarks/contrastive_training.py
 
+# Decoding against other loaders and libraries; torchcodec needs Debian's ffmpeg (4 to 8) beside it.
+bench-decode: bench-env  ## pictures, sound and video to tensors per core second, against peers (JSON)
+	@set -e; for part in pictures sound video; do \
+	  .venv-bench/bin/python -m pytest -c benchmarks/pytest.ini benchmarks/test_decode.py \
+	    -k test_$$part --benchmark-json=benchmarks/results/decode_$$part.json; \
+	done
+
 bench-scaling: install-dev  ## two processes on two cores against one, and balance (JSON; quarter of an hour)
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/balance.py
@@ -103,6 +110,13 @@ prove-fp8: install-dev  ## final loss of fp8 against bf16, three seeds of 300 st
 
 prove-sets: install-dev  ## build all real data sets from their packages; draws docs/pictures (quarter of an hour)
 	$(BIN)/python benchmarks/prove_sets.py
+
+# Damaged pictures, sounds and videos. A decoder that crashes leaves its file in build/fuzz-last.
+FUZZ_EXAMPLES ?= 20000
+fuzz-decode: install-dev  ## damage thousands of files for the decoders (some three minutes)
+	@mkdir -p build
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_LAST=build/fuzz-last $(BIN)/python -m pytest -q \
+	  --timeout 3600 tests/engine/data/decode/test_fuzz.py
 
 clean:  ## remove build products (not runs, data or .venv)
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -89,7 +89,7 @@ def media(dataset: Dataset) -> dict[str, Any]:
             kind = modality_of(name) or "other"
             members[kind] += 1
             seconds[kind] += facts.get("duration_s", 0.0)
-            if kind == "audio":
+            if kind == "audio" and facts.get("role") != "sound":  # of those, some are silence
                 sounds.append(sample.members[name])
     measured = [heard(sounds[n]) for n in range(0, len(sounds), max(1, len(sounds) // HEARD))]
     levels, centres = ([one[side] for one in measured] for side in (0, 1))

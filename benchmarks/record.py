@@ -15,9 +15,23 @@ from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
-FLICKR8K = ROOT.parent / "shared/data/flickr8k"
+SHARED_DATA = ROOT.parent / "shared/data"
+FLICKR8K = SHARED_DATA / "flickr8k"
 EMOJI = ROOT / "data/emoji"
-_PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "numpy", "pillow")
+_PACKAGES = (
+    *(
+        "torch",
+        "torchvision",
+        "open_clip_torch",
+        "webdataset",
+        "numpy",
+        "pillow",
+        "simplejpeg",
+        "av",
+    ),
+    *("soundfile", "opencv-python-headless", "torchcodec", "nvidia-dali-cuda130", "litdata"),
+    "megatron-energon",
+)
 
 
 def flickr8k_shards() -> list[Path]:

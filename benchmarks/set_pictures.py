@@ -23,6 +23,7 @@ from carillon.engine.data.shards import Dataset
 ALLOWED = ("CC0-1.0", "CC-BY-3.0", "CC-BY-4.0", "Apache-2.0", "MIT", "Unicode-3.0")
 _FONT = ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 13)
 _WIDTH = 900
+_LABELLED = 0x0530  # the label's font has Latin, Greek and Cyrillic letters
 
 
 def draw(name: str, dataset: Dataset, out: Path) -> bool:
@@ -84,8 +85,9 @@ def _sounds(samples: Sequence[RawSample]) -> Image.Image:
     for sample in samples:
         duration_s = sample.meta["media"]["flac"]["duration_s"]
         if "transcripts" in sample.meta and 1.2 < duration_s < 3.5:
-            ((language, _),) = sample.meta["transcripts"].items()
-            first.setdefault(language, sample)
+            ((language, (said,)),) = sample.meta["transcripts"].items()
+            if all(ord(char) < _LABELLED for char in said):
+                first.setdefault(language, sample)
     strips = []
     for language, sample in sorted(first.items())[:6]:
         samples_heard, rate = _heard(sample.medium("audio"))

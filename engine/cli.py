@@ -66,7 +66,7 @@ COMMANDS = (
 
 # What `carillon NOUN --help` begins with; its examples are those of its verbs.
 NOUNS = {
-    "data": "Build the data set of the recipes, or enter a data set in the registry.",
+    "data": "Build one of the known data sets, or enter a data set in the registry.",
     "config": "Check a config before it is trained, or look up its settings.",
     "eval": "Measure how well a run's model does.",
 }

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from carillon.engine.data.decode.image import decode_rgb
+from carillon.engine.data.decode.image import decode_image
 from carillon.engine.data.order import position_generator
 from carillon.engine.data.packing import StreamState
 from carillon.engine.data.pair_ids import NO_ID, pair_id
@@ -112,7 +112,7 @@ class PositionedSamples(Positioned[Batch]):
         media = raw.medium("image")
         try:
             with self.board.stage("decode"):
-                picture = decode_rgb(media, min_side=self._min_side)
+                picture = decode_image(media, min_side=self._min_side)
         except ValueError as error:
             raise SampleError(raw.key, str(error)) from None
         with self.board.stage("transform"):

@@ -171,10 +171,16 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
     def choose_caption(self, raw: RawSample, generator: np.random.Generator) -> tuple[str, str]:
         """A language and a caption in it. Raises SampleError, and FilteredSample where the row has
         none that the settings allow."""
-        allowed = self.config.filters.lang_allow
         captions = {c: texts for c, texts in raw.meta.get("captions", {}).items() if texts}
         if not captions:
             raise SampleError(raw.key, "no caption in any language")
+        return self.choose_text(captions, generator)
+
+    def choose_text(
+        self, captions: Mapping[str, Sequence[str]], generator: np.random.Generator
+    ) -> tuple[str, str]:
+        """The same of texts by their languages, at least one of each."""
+        allowed = self.config.filters.lang_allow
         languages = sorted(c for c in captions if not allowed or c in allowed)
         weights = [self._language_weights.get(language, 1.0) for language in languages]
         total = sum(weights)

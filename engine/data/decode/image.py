@@ -4,8 +4,9 @@ The format is decided by content among five (JPEG, PNG, WebP, GIF, BMP) and only
 Pillow knows dozens more, each an attack surface. The size is read from the header and checked
 before a pixel is decoded, so a decompression bomb costs nothing. Transparency is put on white,
 16-bit grey keeps its upper byte, EXIF rotation is applied, of an animation the first frame counts.
-JPEGs can be decoded at a fraction of their size (DCT scaling), several times faster, when the
-caller says how small the result may be. Left out: colour profiles (taken as sRGB), video, SVG.
+JPEGs go through libjpeg-turbo (jpeg.py), and can be decoded at a fraction of their size, several
+times faster, when the caller says how small the result may be. Left out: colour profiles (taken
+as sRGB), SVG.
 """
 
 from __future__ import annotations
@@ -26,8 +27,13 @@ from PIL import (
     WebPImagePlugin,
 )
 
-MAX_PIXELS = 64_000_000  # above the sensors of today's cameras; 192 MB as RGB
+from carillon.engine.data.decode.jpeg import check_scans, check_size, decode_jpeg, exif_block
+from carillon.engine.data.decode.limits import DEFAULT_LIMITS
+from carillon.engine.data.decode.limits import ImageError as ImageError
 
+MAX_PIXELS = DEFAULT_LIMITS.max_pixels
+
+_JPEG = b"\xff\xd8\xff"
 _ORIENTATION_TAG = 0x0112
 _MAX_EXIF_ENTRIES = 512
 _TRANSPOSITIONS = {
@@ -48,10 +54,6 @@ class _Jpeg(JpegImagePlugin.JpegImageFile):
         return
 
 
-class ImageError(ValueError):
-    """The bytes are no picture that can be used; the message says why."""
-
-
 def decode_image(
     data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int | None = None
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -60,6 +62,10 @@ def decode_image(
     With `min_side`, a JPEG may come back at 1/2, 1/4 or 1/8 of its size, as long as neither side
     gets shorter than that. Raises ImageError as `decode_rgb` does.
     """
+    if data.startswith(_JPEG):
+        stored = decode_jpeg(data, max_pixels=max_pixels, min_side=min_side)
+        if stored is not None:
+            return _turned(stored, exif_block(data))
     image = decode_rgb(data, max_pixels=max_pixels, min_side=min_side)
     return np.array(image, dtype=np.uint8)
 
@@ -77,11 +83,9 @@ def decode_rgb(
     # Decoders of hostile bytes raise nearly anything (OSError, SyntaxError, struct.error, ...).
     except Exception as error:
         raise ImageError(f"the picture's header cannot be read: {error}") from None
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError(
-            f"the picture has {width} x {height} pixels; at most {max_pixels:,} are allowed"
-        )
+    check_size(image.width, image.height, max_pixels)
+    if opener is _Jpeg:
+        check_scans(data, image.width * image.height)
     try:
         if min_side is not None:
             image.draft("RGB", (min_side, min_side))
@@ -97,7 +101,7 @@ def picture_extension(data: bytes) -> str:
 
 
 def _opener(data: bytes) -> Callable[[io.BytesIO], ImageFile.ImageFile]:
-    if data.startswith(b"\xff\xd8\xff"):
+    if data.startswith(_JPEG):
         return _Jpeg
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return PngImagePlugin.PngImageFile
@@ -131,6 +135,20 @@ def _opaque_rgb(image: Image.Image) -> Image.Image:
         white.paste(rgba, mask=rgba)
         return white
     return image.convert("RGB")
+
+
+def _turned(
+    stored: np.ndarray[Any, np.dtype[np.uint8]], exif: bytes | None
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """As `_upright`, for pixels; contiguous."""
+    orientation = _orientation(exif) if exif is not None else 1
+    if orientation not in _TRANSPOSITIONS:
+        return stored
+    if orientation >= 5:
+        stored = stored.transpose(1, 0, 2)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(stored[::rows, ::columns])
 
 
 def _upright(rgb: Image.Image, opened: Image.Image) -> Image.Image:

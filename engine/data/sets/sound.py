@@ -20,6 +20,7 @@ SOUND_LIBRARY = f"PyAV {av.__version__}"
 _Samples = np.ndarray[Any, np.dtype[np.int16]]
 _FLAC_FRAME = 4096
 _MAX_DURATION_S = 3600
+_SILENT_PEAK = 1e-3  # of full scale: 60 dB below it
 
 
 class SoundError(ValueError):
@@ -76,22 +77,35 @@ def facts_of(samples: _Samples, sample_rate: int) -> SoundFacts:
 
 
 def read_facts(data: bytes) -> SoundFacts:
-    """The facts of a sound file, its length counted by decoding it. Raises SoundError."""
-    num_samples = 0
+    """The facts of a sound file, its length counted by decoding it.
+
+    Raises SoundError for what cannot be decoded, and for silence.
+    """
+    num_samples, peak = 0, 0.0
     try:
         with av.open(io.BytesIO(data), "r") as container:
             stream = container.streams.audio[0]
             sample_rate, num_channels = stream.rate, stream.channels
             for frame in container.decode(stream):
                 num_samples += frame.samples
+                peak = max(peak, _peak(frame))
                 if num_samples > _MAX_DURATION_S * sample_rate:
                     raise SoundError(f"the sound is longer than {_MAX_DURATION_S} s")
     except (av.FFmpegError, IndexError) as error:
         raise SoundError(f"the sound cannot be decoded: {error}") from None
     if not num_samples or not sample_rate:
         raise SoundError("the sound holds no samples")
+    if peak < _SILENT_PEAK:
+        raise SoundError("the sound is silent")
     return SoundFacts(
         duration_s=round(num_samples / sample_rate, 6),
         sample_rate=sample_rate,
         num_channels=num_channels,
     )
+
+
+def _peak(frame: AudioFrame) -> float:
+    """The largest sample of a frame, of full scale."""
+    samples = frame.to_ndarray()
+    full = 1.0 if samples.dtype.kind == "f" else float(np.iinfo(samples.dtype).max)
+    return float(np.abs(samples.astype(np.float64)).max(initial=0.0)) / full

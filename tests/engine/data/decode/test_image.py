@@ -171,6 +171,54 @@ def test_exif_rotation_is_applied(orientation: int) -> None:
     assert np.array_equal(pixels, np.asarray(image))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_of_a_jpeg_is_applied(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    quarters = np.zeros((32, 48, 3), dtype=np.uint8)
+    quarters[:16, :24], quarters[:16, 24:], quarters[16:, :24] = RED, GREEN, BLUE
+    data = encoded(Image.fromarray(quarters), "JPEG", exif=exif, quality=95, subsampling=0)
+    expected = np.asarray(decode_rgb(data)).astype(int)
+    assert expected.shape == ((32, 48, 3) if orientation < 5 else (48, 32, 3))
+    assert np.abs(decode_image(data) - expected).max() <= 1
+
+
+def test_a_jpeg_has_the_pixels_of_pillow() -> None:
+    smooth = np.random.default_rng(1).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+    for subsampling in (0, 1, 2):
+        for progressive in (False, True):
+            picture = Image.fromarray(smooth).resize((201, 133), Image.Resampling.BICUBIC)
+            data = encoded(picture, "JPEG", subsampling=subsampling, progressive=progressive)
+            for min_side in (None, 60, 30, 16):
+                ours = decode_image(data, min_side=min_side).astype(int)
+                theirs = np.asarray(decode_rgb(data, min_side=min_side)).astype(int)
+                assert np.abs(ours - theirs).max() <= 2  # another version of libjpeg-turbo
+
+
+def test_a_grey_jpeg_has_three_equal_channels() -> None:
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
+    pixels = decode_image(encoded(Image.fromarray(grey), "JPEG", quality=100))
+    assert np.abs(pixels.astype(int) - grey[..., None]).max() <= 2
+
+
+def test_a_jpeg_with_bytes_too_many_is_read_as_pillow_reads_it() -> None:
+    data = encoded(corners(), "JPEG")
+    table = data.index(b"\xff\xc4")
+    padded = data[:table] + b"\0\0\0" + data[table:]
+    assert np.array_equal(decode_image(padded), np.asarray(decode_rgb(padded)))
+
+
+def test_a_jpeg_of_scans_without_end_is_refused() -> None:
+    """A few KB may ask for each of many pixels a thousand times."""
+    data = encoded(Image.new("RGB", (4000, 4000)), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    bomb = data[:-2] + scan * 500 + data[-2:]
+    with pytest.raises(ImageError, match="16,000,000 pixels in 510 scans"):
+        decode_image(bomb)
+    with pytest.raises(ImageError, match="16,000,000 pixels in 510 scans"):
+        decode_rgb(bomb)
+
+
 @pytest.mark.parametrize(
     "exif",
     [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12"],

@@ -54,6 +54,13 @@ def test_what_is_no_sound_is_refused(data: bytes) -> None:
         read_facts(data)
 
 
+def test_silence_is_refused() -> None:
+    for quiet in (0, 20):
+        with pytest.raises(SoundError, match="silent"):
+            read_facts(encode_flac(np.full(16_000, quiet, np.int16), 16_000))
+    assert read_facts(encode_flac(np.full(1600, 200, np.int16), 16_000)).duration_s == 0.1
+
+
 def test_an_empty_stream_is_refused() -> None:
     with pytest.raises(SoundError):
         decode_g722(b"")
