@@ -127,7 +127,8 @@ def _spectrogram(
 def _clips(samples: Sequence[RawSample]) -> Image.Image:
     """Frames of a few clips at equal distances, with what is told of them."""
     strips = []
-    for sample in _spread(samples, 5):
+    of_codec = [[s for s in samples if s.meta["codec"] == codec] for codec in ("h264", "vp9")]
+    for sample in [*_spread(of_codec[0], 3), *_spread(of_codec[1], 3)]:
         with av.open(io.BytesIO(sample.medium("video")), "r") as container:
             frames = [frame.to_image() for frame in container.decode(video=0)]
         side, columns = 112, 8
@@ -136,8 +137,9 @@ def _clips(samples: Sequence[RawSample]) -> Image.Image:
             frame = frames[number * (len(frames) - 1) // (columns - 1)]
             strip.paste(frame.resize((side - 4, side - 4)), (number * side + 2, 2))
         told = sample.meta["captions"]
-        label = f"{sample.meta['codec']}  {told['en'][0]}  |  {told['fr'][0]}"
-        strips.append(_labelled(strip, label[:120]))
+        label = f"{sample.meta['codec']}  {told['en'][0]}"
+        longer = f"{label}  |  {told['fr'][0]}"
+        strips.append(_labelled(strip, longer if len(longer) < 100 else label))
     return _stacked(strips)
 
 

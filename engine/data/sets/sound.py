@@ -107,5 +107,5 @@ def read_facts(data: bytes) -> SoundFacts:
 def _peak(frame: AudioFrame) -> float:
     """The largest sample of a frame, of full scale."""
     samples = frame.to_ndarray()
-    full = 1.0 if samples.dtype.kind == "f" else float(np.iinfo(samples.dtype).max)
+    full = 1.0 if samples.dtype.kind == "f" else 2.0 ** (8 * samples.dtype.itemsize - 1)
     return float(np.abs(samples.astype(np.float64)).max(initial=0.0)) / full

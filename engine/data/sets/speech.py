@@ -183,6 +183,8 @@ def _sayable(names: Names, language: str) -> dict[bool, list[tuple[str, str]]]:
         is_plain = bool(said) and all(unicodedata.category(char)[0] in "LM" for char in said)
         if is_plain and concept == base_concept(concept):
             found[is_heldout(concept)].append((concept, name))
+    trained = {name for _, name in found[False]}  # two concepts may share a name
+    found[True] = [(concept, name) for concept, name in found[True] if name not in trained]
     return found
 
 

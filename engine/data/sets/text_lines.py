@@ -168,6 +168,24 @@ def _texts_of(names: Names, language: str) -> dict[str, list[str]]:
     return found
 
 
+def _pools(
+    faces: Sequence[Face], texts: Mapping[str, Sequence[str]]
+) -> dict[tuple[bool, Face], list[tuple[str, str]]]:
+    """(concept, text) that are held out, and that are not, by the face that can draw them."""
+    is_out = {concept: is_heldout(base_concept(concept)) for concept in texts}
+    trained = {text for concept, lines in texts.items() if not is_out[concept] for text in lines}
+    pools: dict[tuple[bool, Face], list[tuple[str, str]]] = {}
+    for concept, lines in texts.items():
+        for text in lines:
+            if is_out[concept] and text in trained:  # two concepts may share a keyword
+                continue
+            needed = characters_in(text)
+            for face in faces:
+                if needed <= characters_of(face):
+                    pools.setdefault((is_out[concept], face), []).append((concept, text))
+    return pools
+
+
 def _jobs_of(
     language: str,
     faces: Sequence[Face],
@@ -177,14 +195,7 @@ def _jobs_of(
 ) -> Iterator[LineJob]:
     """The pictures of a language: each a split, a face and lines that it can draw, by chance."""
     draws = random.Random(f"{seed} {language}")
-    pools: dict[tuple[bool, Face], list[tuple[str, str]]] = {}
-    for concept, lines in texts.items():
-        is_out = is_heldout(base_concept(concept))
-        for text in lines:
-            needed = characters_in(text)
-            for face in faces:
-                if needed <= characters_of(face):
-                    pools.setdefault((is_out, face), []).append((concept, text))
+    pools = _pools(faces, texts)
     usable = [face for face in faces if pools.get((False, face)) and pools.get((True, face))]
     for number in range(per_language if usable else 0):
         face, heldout = draws.choice(usable), draws.random() < _HELDOUT_SHARE

@@ -83,7 +83,8 @@ def write_npm(tmp_path: Path) -> Callable[[Package, Mapping[str, object]], None]
     return write
 
 
-# A few emoji with their names as CLDR has them; by hash, the cat and the two hearts are held out.
+# A few emoji with their names as CLDR has them. By hash the circle, the red heart, the thumb, the
+# umbrella and the fox are held out; the fox has the dog's names, as words are shared in CLDR.
 NAMED = {
     "🔴": {"en": "red circle", "fr": "disque rouge", "ar": "دائرة حمراء", "de": "roter Punkt"},
     "❤": {"en": "red heart", "fr": "cœur rouge", "ar": "قلب أحمر", "de": "rotes Herz"},
@@ -91,6 +92,7 @@ NAMED = {
     "👍": {"en": "thumbs up", "fr": "pouce vers le haut", "ar": "إبهام لأعلى", "de": "Daumen hoch"},
     "🐈": {"en": "cat", "fr": "chat", "ar": "قطة", "de": "Katze"},
     "🐕": {"en": "dog", "fr": "chien", "ar": "كلب", "de": "Hund"},
+    "🦊": {"en": "dog", "fr": "chien", "ar": "كلب", "de": "Hund"},
     "🐟": {"en": "fish", "fr": "poisson", "ar": "سمكة", "de": "Fisch"},
     "🌳": {"en": "deciduous tree", "fr": "arbre", "ar": "شجرة", "de": "Laubbaum"},
     "🚲": {"en": "bicycle", "fr": "vélo", "ar": "دراجة", "de": "Fahrrad"},

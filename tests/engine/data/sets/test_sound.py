@@ -15,7 +15,7 @@ from carillon.engine.data.sets.sound import (
 
 def sine(num_samples: int, frequency_hz: float = 440.0) -> np.ndarray:
     times_s = np.arange(num_samples) / 16_000
-    return np.round(9000 * np.sin(2 * np.pi * frequency_hz * times_s)).astype(np.int16)
+    return np.round(9000 * np.cos(2 * np.pi * frequency_hz * times_s)).astype(np.int16)
 
 
 def g722_of(samples: np.ndarray) -> bytes:

@@ -49,7 +49,7 @@ def packages(write_deb: WriteDeb, cldr: Cldr) -> Path:
 
 
 def build(packages: Path, cldr: Cldr, out: Path, **options: Any) -> Dataset:
-    arguments = {"languages": ("en", "fr", "ar"), "per_language": 30, **options}
+    arguments = {"languages": ("en", "fr", "ar"), "per_language": 60, **options}
     return build_text_lines(out, data=packages, names=cldr, **arguments)
 
 
@@ -57,7 +57,7 @@ def test_pictures_say_what_stands_where(
     packages: Path, cldr: Cldr, tmp_path: Path, samples_of: SamplesOf
 ) -> None:
     samples = samples_of(build(packages, cldr, tmp_path / "set"))
-    assert len(samples) == 90
+    assert len(samples) == 180
     assert {len(sample.meta["lines"]) for _, sample in samples.values()} == {1, 2, 3}
     assert {split for split, _ in samples.values()} == {"train", "heldout_text"}
     for key, (split, sample) in samples.items():
@@ -72,6 +72,11 @@ def test_pictures_say_what_stands_where(
             assert 0 <= left < right <= size["width"]
             assert 0 <= top < bottom <= size["height"]
             assert is_written_in(line["text"], SCRIPTS[language])
+    written = {split: set[str]() for split in ("train", "heldout_text")}
+    for split, sample in samples.values():
+        written[split] |= {line["text"] for line in sample.meta["lines"]}
+    assert len(written["heldout_text"]) > 5
+    assert not written["train"] & written["heldout_text"]  # though the fox is named as the dog is
     _, arabic = samples["ar-00000"]
     assert (arabic.meta["script"], arabic.meta["font"]) == ("Arabic", "NotoSansArabic-Bold.ttf")
     assert arabic.meta["font_licence"] == "OFL-1.1"
@@ -83,9 +88,11 @@ def test_pictures_say_what_stands_where(
 def test_a_seed_gives_the_same_bytes_in_any_number_of_processes(
     packages: Path, cldr: Cldr, tmp_path: Path
 ) -> None:
-    first = build(packages, cldr, tmp_path / "a")
-    assert build(packages, cldr, tmp_path / "b", workers=2).fingerprint == first.fingerprint
-    assert build(packages, cldr, tmp_path / "c", seed=1).fingerprint != first.fingerprint
+    first = build(packages, cldr, tmp_path / "a", per_language=20)
+    again = build(packages, cldr, tmp_path / "b", per_language=20, workers=2)
+    assert again.fingerprint == first.fingerprint
+    other = build(packages, cldr, tmp_path / "c", per_language=20, seed=1)
+    assert other.fingerprint != first.fingerprint
 
 
 def ink_of(jpeg: bytes) -> np.ndarray:
