@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -109,6 +109,20 @@ def build_set(
         lines = (json.dumps(vars(one), ensure_ascii=False) + "\n" for one in left_out)
         writer.attach(LEFT_OUT, "".join(lines).encode())
     return open_dataset(out)
+
+
+def parse_languages(text: str) -> tuple[str, ...]:
+    """What `--languages` lists."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def check_languages(languages: Sequence[str], known: Iterable[str]) -> None:
+    """Raise UserError unless each of the languages is known and given once."""
+    allowed = list(known)
+    if not languages or len(set(languages)) != len(languages) or set(languages) - set(allowed):
+        raise UserError(
+            f"--languages {','.join(languages)}: give each once, of {', '.join(allowed)}"
+        )
 
 
 def is_heldout(name: str, one_in: int = HELDOUT_ONE_IN) -> bool:

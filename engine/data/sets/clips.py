@@ -190,6 +190,7 @@ def make_clip(job: ClipJob) -> Item:
         "vendor": job.actor.pack.vendor,
         "codec": CODEC_NAMES[job.suffix],
         "licence": job.actor.pack.licence,
+        "author": job.actor.pack.author,
         "licence_source": f"npm:{package} package/package.json",
         "caption_licence": "Unicode-3.0",
         "caption_source": job.names_source,

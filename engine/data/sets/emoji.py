@@ -21,7 +21,7 @@ from carillon.engine.config import UserError
 from carillon.engine.data.decode.image import ImageError, decode_rgb
 from carillon.engine.data.manifest import MANIFEST_NAME
 from carillon.engine.data.process_map import ordered_map
-from carillon.engine.data.sets.build import is_heldout, summary
+from carillon.engine.data.sets.build import is_heldout, parse_languages, summary
 from carillon.engine.data.sets.cldr import read_names
 from carillon.engine.data.sets.emoji_concepts import base_concept
 from carillon.engine.data.sets.emoji_pictures import Picture, read_pictures
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `carillon data emoji` and print what the set holds. Raises UserError."""
-    languages = tuple(part.strip() for part in args.languages.split(",") if part.strip())
+    languages = parse_languages(args.languages)
     dataset = build_emoji(
         args.out,
         size=args.size,
@@ -143,6 +143,7 @@ def _write(
         "base_concept": base,
         "vendor": picture.pack.vendor,
         "licence": picture.pack.licence,
+        "author": picture.pack.author,
         "caption_licence": sources.names_licence,
         "licence_source": f"npm:{picture.pack.package.spec} package/package.json",
         "source": f"npm:{picture.pack.package.spec}",

@@ -26,7 +26,9 @@ from carillon.engine.data.sets.build import (
     Recipe,
     add_build_arguments,
     build_set,
+    check_languages,
     is_heldout,
+    parse_languages,
     summary,
 )
 from carillon.engine.data.sets.debian import DebianPackage, fetch_packages
@@ -71,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
     """Run `carillon data prompts` and print what the set holds. Raises UserError."""
     dataset = build_prompts(
         args.out,
-        languages=tuple(part.strip() for part in args.languages.split(",") if part.strip()),
+        languages=parse_languages(args.languages),
         data=args.data,
         limit=args.limit,
         workers=args.workers,
@@ -105,11 +107,7 @@ def build_prompts(
     overwrite: bool = False,
 ) -> Dataset:
     """Build the set at `out`, or open it when it is there. Raises UserError as `build_set` does."""
-    unknown = [language for language in languages if language not in LANGUAGES]
-    if unknown or not languages or len(set(languages)) != len(languages):
-        raise UserError(
-            f"--languages {','.join(languages)}: give each once, of {', '.join(LANGUAGES)}"
-        )
+    check_languages(languages, LANGUAGES)
     recipe = Recipe(
         name="prompts",
         version=_RECIPE,

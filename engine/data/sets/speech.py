@@ -30,7 +30,9 @@ from carillon.engine.data.sets.build import (
     Recipe,
     add_build_arguments,
     build_set,
+    check_languages,
     is_heldout,
+    parse_languages,
     summary,
 )
 from carillon.engine.data.sets.cldr import DERIVED_NAMES, NAMES, NAMES_LICENCE, Names, read_names
@@ -79,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
     """Run `carillon data speech` and print what the set holds. Raises UserError."""
     dataset = build_speech(
         args.out,
-        languages=tuple(part.strip() for part in args.languages.split(",") if part.strip()),
+        languages=parse_languages(args.languages),
         per_language=args.per_language,
         seed=args.seed,
         data=args.data,
@@ -121,11 +123,7 @@ def build_speech(
     names: tuple[Package, Package] = (NAMES, DERIVED_NAMES),
 ) -> Dataset:
     """Build the set at `out`, or open it when it is there. Raises UserError as `build_set` does."""
-    unknown = [language for language in languages if language not in VOICES]
-    if unknown or not languages or len(set(languages)) != len(languages):
-        raise UserError(
-            f"--languages {','.join(languages)}: give each once, of {', '.join(VOICES)}"
-        )
+    check_languages(languages, VOICES)
     if not 1 <= per_language <= _MAX_PER_LANGUAGE:
         raise UserError(f"--per-language {per_language}: 1 to {_MAX_PER_LANGUAGE:,} are allowed")
     recipe = Recipe(

@@ -22,7 +22,9 @@ from carillon.engine.data.sets.build import (
     Recipe,
     add_build_arguments,
     build_set,
+    check_languages,
     is_heldout,
+    parse_languages,
     summary,
 )
 from carillon.engine.data.sets.cldr import DERIVED_NAMES, NAMES, NAMES_LICENCE, Names, read_names
@@ -72,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
     """Run `carillon data text-lines` and print what the set holds. Raises UserError."""
     dataset = build_text_lines(
         args.out,
-        languages=tuple(part.strip() for part in args.languages.split(",") if part.strip()),
+        languages=parse_languages(args.languages),
         per_language=args.per_language,
         seed=args.seed,
         data=args.data,
@@ -111,11 +113,7 @@ def build_text_lines(
     names: tuple[Package, Package] = (NAMES, DERIVED_NAMES),
 ) -> Dataset:
     """Build the set at `out`, or open it when it is there. Raises UserError as `build_set` does."""
-    unknown = [language for language in languages if language not in SCRIPTS]
-    if unknown or not languages or len(set(languages)) != len(languages):
-        raise UserError(
-            f"--languages {','.join(languages)}: give each once, of {', '.join(SCRIPTS)}"
-        )
+    check_languages(languages, SCRIPTS)
     if not 1 <= per_language <= _MAX_PER_LANGUAGE:
         raise UserError(f"--per-language {per_language}: 1 to {_MAX_PER_LANGUAGE:,} are allowed")
     recipe = Recipe(

@@ -40,8 +40,13 @@ def disc() -> Image.Image:
 @pytest.fixture
 def sources(cldr: Cldr, write_npm: WriteNpm) -> Sources:
     packs = tuple(
-        Pack(vendor=vendor, package=Package(spec=f"@x/{vendor}@1.0.0", sha256=None), licence=spdx)
-        for vendor, spdx in (("noto", "Apache-2.0"), ("openmoji", "CC-BY-SA-4.0"))
+        Pack(
+            vendor=vendor,
+            package=Package(spec=f"@x/{vendor}@1.0.0", sha256=None),
+            licence=licence,
+            author=f"the makers of {vendor}",
+        )
+        for vendor, licence in (("noto", "Apache-2.0"), ("openmoji", "CC-BY-SA-4.0"))
     )
     points = [f"{ord(emoji):x}" for emoji in "🔴❤💜👍🐈🐕🐟🌳🚲🏠☂🍎"]
     body = {"body": '<circle cx="8" cy="8" r="6" fill="#f00"/>'}
@@ -115,7 +120,7 @@ def test_what_is_told_is_what_was_drawn(
         assert answers["en", "count"] == answers["de", "count"] == str(meta["count"])
         assert answers["en", "what"] in meta["captions"]["en"][0]
         assert ("en", "bystander") in answers or len(meta["concepts"]) == 1
-        assert meta["licence"] == "Apache-2.0"
+        assert (meta["licence"], meta["author"]) == ("Apache-2.0", "the makers of noto")
         assert meta["licence_source"] == "npm:@x/noto@1.0.0 package/package.json"
     assert {len(sample.meta["concepts"]) for _, sample in samples.values()} == {1, 2}
 

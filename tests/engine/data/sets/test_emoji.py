@@ -28,10 +28,10 @@ def package(name: str) -> Package:
 
 TINY = Sources(
     packs=(
-        Pack(vendor="joined", package=package("@x/joined"), licence="CC-BY-4.0"),
-        Pack(vendor="noto", package=package("@x/noto"), licence="Apache-2.0"),
-        Pack(vendor="openmoji", package=package("@x/openmoji"), licence="CC-BY-SA-4.0"),
-        Pack(vendor="raster", package=package("@x/raster"), licence="MIT", raster=True),
+        Pack(vendor="joined", package=package("@x/joined"), licence="CC-BY-4.0", author="A"),
+        Pack(vendor="noto", package=package("@x/noto"), licence="Apache-2.0", author="A"),
+        Pack(vendor="openmoji", package=package("@x/openmoji"), licence="CC-BY-SA-4.0", author="A"),
+        Pack(vendor="raster", package=package("@x/raster"), licence="MIT", author="A", raster=True),
     ),
     names=package("names"),
     derived_names=package("derived"),
@@ -148,6 +148,9 @@ def test_pictures_are_joined_with_names_and_split(tmp_path: Path) -> None:
     assert meta["keywords"] == {"en": ["word"], "fr": ["word"]}
     assert (meta["base_concept"], meta["licence"]) == ("1f44d", "Apache-2.0")
     assert meta["caption_licence"] == "Unicode-3.0"
+    assert meta["author"] == "A"
+    assert meta["licence_source"] == "npm:@x/noto@1.0.0 package/package.json"
+    assert meta["media"] == {"webp": {"width": 32, "height": 32}}
     assert meta["source"] == "npm:@x/noto@1.0.0"
     assert samples["raster-1f408"][1].meta["captions"] == {"en": ["cat"]}
 
