@@ -25,7 +25,9 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command(("train",), "carillon.engine.train.command", "train a model from a YAML config"),
-    Command(("ingest",), "carillon.engine.data.ingest", "bring your own pairs into a data set"),
+    Command(
+        ("ingest",), "carillon.engine.data.ingest_command", "bring your own media into a data set"
+    ),
     Command(
         ("embed",),
         "carillon.engine.index.embedding",

@@ -233,7 +233,7 @@ LONG = "n" * 300  # longer than a file's name may be: refused to everybody, root
         ("ingest LOOP --out FOLDER/new", "LOOP"),
         ("ingest LOOP/x --out FOLDER/new", "LOOP/x"),
         ("ingest FILE/x --out FOLDER/new", "FILE/x"),
-        ("ingest SET --out LOOP/new", "SET"),
+        ("ingest SET --out LOOP/new", "LOOP/.new.ingest"),
         ("data emoji --out FILE/x", "FILE/x"),
         ("data emoji --out /proc/x", "/proc/x"),
         ("data emoji --out LONG", "LONG"),
