@@ -32,6 +32,7 @@ from carillon.engine.data.decode.limits import (
 
 MIN_RATE, MAX_RATE = 8_000, 192_000
 _FORMATS = {"WAV": "wav", "WAVEX": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3"}
+_WHOLE_NUMBERS = ("PCM_U8", "PCM_S8", "PCM_16", "PCM_24", "PCM_32", "ULAW", "ALAW")
 _BLOCK_VALUES = 2**22  # 16 MB as float32
 _MP3_PREROLL = 32 * 1152  # a frame's bits may lie in the 511 bytes before it: many small frames
 _UNKNOWN_FRAMES = 2**62  # what libsndfile says of a stream that does not state its length
@@ -190,7 +191,8 @@ def _decoded(
         known = first + len(samples)
     source_s = None if known is None else known / file.samplerate
     out = _resampled(samples, file.samplerate, rate, mono, limits)
-    _check_finite(out)
+    if file.subtype not in _WHOLE_NUMBERS:
+        _check_finite(out)
     return Sound(out, rate or file.samplerate, first / file.samplerate, file.samplerate, source_s)
 
 
