@@ -50,7 +50,7 @@ def wav_samples(data: bytes, header: WavHeader, first: int, count: int) -> NDArr
     stored = np.frombuffer(
         data, "<i2", count * header.num_channels, header.at + 2 * first * header.num_channels
     )
-    samples = np.multiply(stored, np.float32(2.0**-15), dtype=np.float32)
+    samples: NDArray[np.float32] = np.multiply(stored, np.float32(2.0**-15), dtype=np.float32)
     return samples.reshape(-1, header.num_channels)
 
 
