@@ -37,17 +37,12 @@ class AugmentConfig:
 class FilterConfig:
     """`data.filters`."""
 
-    nsfw: bool = setting(False, "Drop pictures that the curation stage scored unsafe.")
+    nsfw: bool = setting(
+        False, "Pass over items that curation flagged by a stage of type nsfw; it must have run."
+    )
     lang_allow: tuple[str, ...] = setting(
         (), "Languages of captions to use; pictures with none are passed over; empty: all."
     )
-
-    def check(self) -> Iterator[str]:
-        if self.nsfw:
-            yield (
-                "nsfw: true needs the scores of the curation stage, which comes with the data "
-                "plane (ingest and curate); set data.filters.nsfw=false until then"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,7 @@
 """Captions packed into rows for a decoder: one row at each global position.
 
-A caption is a document of `bos ... eos`. Row position p is pack p // S of stream p % S
-(packing.py), where S is the rows of a batch times `data.packing.streams`, so what a row holds
-follows from the order alone. What stays free is padding: a last document without labels.
+A caption is a document of `bos ... eos`. What a row holds follows from the order (packed.py). What
+stays free is padding: a last document without labels.
 A row has room for a fixed number of documents, so no shape follows from what is in it.
 
 Legend: B rows, L tokens of a row, S = n + 2 offsets: starts of n captions, of the padding, the end.
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor
 
 from carillon.engine.data.order import position_generator
+from carillon.engine.data.packed import Filled, Packed
 from carillon.engine.data.packed_rows import IGNORED, PackedRows
-from carillon.engine.data.packing import Sizes, Stream, StreamState, pack_all
-from carillon.engine.data.positioned import FilteredSample, Positioned
+from carillon.engine.data.packing import Sizes, StreamState, pack_all
+from carillon.engine.data.positioned import FilteredSample
 from carillon.engine.data.samples import RawSample, SampleError
-from carillon.engine.data.stages import StageBoard
 from carillon.engine.data.tokenizer import Tokenizer
 from carillon.engine.data.training_data import TrainingData
 
@@ -58,43 +57,30 @@ class CaptionRows(NamedTuple):
         return self.rows.offsets[:, -2:].long().diff(dim=1).flatten()
 
 
-class PackedCaptions(Positioned[CaptionRows]):
+class PackedCaptions(Packed[CaptionRows, Caption]):
     """Global position -> row of `context` tokens."""
 
     def __init__(self, data: TrainingData, tokenizer: Tokenizer, *, context: int) -> None:
-        super().__init__(data)
-        packing = self.config.packing
-        self.turns = packing.streams
-        self.num_streams = packing.streams * self.config.batch_size
+        most = min(data.config.packing.max_documents, context // _MIN_DOCUMENT)
+        super().__init__(data, (context, most))
         self._tokenizer = tokenizer
         self._most = min(self.config.augment.text.max_len or context, context)
-        self._rows = Rows(tokenizer, context, min(packing.max_documents, context // _MIN_DOCUMENT))
-        self._states: Mapping[int, StreamState] = {}
-        self._streams: dict[int, Stream[Caption]] = {}
-        self._bad: list[tuple[str, str]] = []
-        self._num_filtered = 0
+        self._rows = Rows(tokenizer, context, most)
 
-    def start(self, streams: Mapping[int, StreamState], board: StageBoard) -> None:
-        super().start(streams, board)
-        self._states, self._streams = dict(streams), {}
+    def sample_of(self, position: int, raw: RawSample, purpose: str = "sample") -> Caption:
+        generator = position_generator(self.seed, purpose, position)
+        tokenizer, text = self._tokenizer, self.choose_caption(raw, generator)[1]
+        with self.board.stage("transform"):
+            ids = tokenizer.ids(text)[: self._most - 2]
+        return Caption(raw.key, [tokenizer.bos_id, *ids, tokenizer.eos_id])
 
-    def batch(self, positions: Sequence[int]) -> CaptionRows:
-        streams = {p % self.num_streams: self._stream(p % self.num_streams) for p in positions}
-        self._bad, self._num_filtered = [], 0
-        packs = []
-        for position in positions:
-            number, stream = divmod(position, self.num_streams)
-            assert streams[stream].packs == number, "a stream gives its packs in order"
-            packs.append(streams[stream].next_pack())
-        with self.board.stage("collate"):
-            rows = self._rows(packs)
-        return CaptionRows(
-            rows,
-            [caption.key for pack in packs for caption in pack],
-            self._bad,
-            self._num_filtered,
-            {number: stream.state for number, stream in streams.items()},
-        )
+    def sizes_of(self, sample: Caption) -> Sizes:
+        return len(sample.ids), 1
+
+    def collate(self, filled: Filled[Caption]) -> CaptionRows:
+        rows = self._rows(filled.packs)
+        keys = [caption.key for pack in filled.packs for caption in pack]
+        return CaptionRows(rows, keys, filled.bad, filled.num_filtered, filled.streams)
 
     def held_out_rows(self, most: int) -> PackedRows | None:
         """Rows of at most so many held-out captions, the same always; none where none is held out.
@@ -105,38 +91,10 @@ class PackedCaptions(Positioned[CaptionRows]):
         for place in islice(self.data.validation_places(), most):
             try:
                 raw = self.data.read(place)
-                captions.append(self._caption_of(place.row, raw, "held out"))
+                captions.append(self.sample_of(place.row, raw, "held out"))
             except (SampleError, FilteredSample):
                 continue
-        return self._rows(pack_all(captions, _sizes, self._rows.budget)) if captions else None
-
-    def _stream(self, number: int) -> Stream[Caption]:
-        def sample(index: int) -> Caption:
-            place = index * self.num_streams + number
-            (caption,), num_filtered = self.draw([place], self._bad, self._caption_of)
-            self._num_filtered += num_filtered
-            return caption
-
-        if number not in self._streams:
-            self._streams[number] = Stream(
-                sample,
-                _sizes,
-                budget=self._rows.budget,
-                window=self.config.packing.window,
-                state=self._states.get(number),
-            )
-        return self._streams[number]
-
-    def _caption_of(self, position: int, raw: RawSample, purpose: str = "sample") -> Caption:
-        generator = position_generator(self.seed, purpose, position)
-        tokenizer, text = self._tokenizer, self.choose_caption(raw, generator)[1]
-        with self.board.stage("transform"):
-            ids = tokenizer.ids(text)[: self._most - 2]
-        return Caption(raw.key, [tokenizer.bos_id, *ids, tokenizer.eos_id])
-
-
-def _sizes(caption: Caption) -> Sizes:
-    return len(caption.ids), 1
+        return self._rows(pack_all(captions, self.sizes_of, self.budget)) if captions else None
 
 
 class Rows:
@@ -144,11 +102,6 @@ class Rows:
 
     def __init__(self, tokenizer: Tokenizer, length: int, max_documents: int) -> None:
         self._tokenizer, self._length, self._most = tokenizer, length, max_documents
-
-    @property
-    def budget(self) -> Sizes:
-        """Tokens and documents of a row."""
-        return self._length, self._most
 
     def __call__(self, packs: Sequence[Sequence[Caption]]) -> PackedRows:
         packed = [self._row(pack) for pack in packs]

@@ -66,7 +66,8 @@ def _all_bad(bad: Sequence[tuple[str, str]]) -> UserError:
 
 
 class FilteredSample(Exception):
-    """A sound sample of which the settings allow no caption."""
+    """A sound sample that is flagged, or has captions that the settings do not allow (in these
+    languages)."""
 
     def __init__(self, languages: Iterable[str]) -> None:
         self.languages = tuple(languages)
@@ -132,13 +133,14 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
     ) -> tuple[S, int]:
         """The sample at a position and how many filtered rows it stands in for; bad ones are added
         to `bad`."""
-        num_bad = num_filtered = 0
+        num_bad = num_filtered = num_flagged = 0
         languages: Counter[str] = Counter()
         for attempt in range(_MAX_DRAWS):
             try:
                 return make(position, self._read(place)), num_filtered
             except FilteredSample as sample:
                 num_filtered += 1
+                num_flagged += not sample.languages
                 languages.update(sample.languages)
             except SampleError as error:
                 num_bad += 1
@@ -146,16 +148,26 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
             if num_bad == _MAX_BAD:
                 raise _all_bad(bad[-_MAX_BAD:])
             place = self.data.stand_in(place, position, attempt)
-        raise self._none_qualifies(num_filtered, languages)
+        raise self._none_qualifies(num_filtered, num_flagged, languages)
 
     def _read(self, place: Place) -> RawSample:
         if place in self.aside:
             raise SampleError(self.data.key(place), "loader processes end at it; it was set aside")
         self.board.at(place)
         with self.board.stage("read"):
-            return self.data.read(place)
+            raw = self.data.read(place)
+        if self.data.flagged(place, raw):
+            raise FilteredSample(())
+        return raw
 
-    def _none_qualifies(self, num_filtered: int, languages: Counter[str]) -> UserError:
+    def _none_qualifies(
+        self, num_filtered: int, num_flagged: int, languages: Counter[str]
+    ) -> UserError:
+        if num_flagged == num_filtered:
+            return UserError(
+                f"all of {num_flagged:,} rows drawn were flagged in curation; set "
+                "data.filters.nsfw=false, or another set"
+            )
         weights, allowed = self._language_weights, self.config.filters.lang_allow
         wanted = ", ".join(language for language in allowed if weights.get(language, 1.0) > 0)
         found = ", ".join(language for language, _ in languages.most_common(_MAX_NAMED))
@@ -171,10 +183,16 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
     def choose_caption(self, raw: RawSample, generator: np.random.Generator) -> tuple[str, str]:
         """A language and a caption in it. Raises SampleError, and FilteredSample where the row has
         none that the settings allow."""
-        allowed = self.config.filters.lang_allow
         captions = {c: texts for c, texts in raw.meta.get("captions", {}).items() if texts}
         if not captions:
             raise SampleError(raw.key, "no caption in any language")
+        return self.choose_text(captions, generator)
+
+    def choose_text(
+        self, captions: Mapping[str, Sequence[str]], generator: np.random.Generator
+    ) -> tuple[str, str]:
+        """The same of texts by their languages, at least one of each."""
+        allowed = self.config.filters.lang_allow
         languages = sorted(c for c in captions if not allowed or c in allowed)
         weights = [self._language_weights.get(language, 1.0) for language in languages]
         total = sum(weights)

@@ -50,6 +50,7 @@ class TrainingData:
         self.sets, self.config, self.seed = tuple(sets), config, seed
         self._ordered = [self._order_of(one) for one in self.sets]
         self.mixture = self._mixture() if config.mixture else None
+        self._flags = [self._flags_of(one) for one in self.sets]
 
     @property
     def num_training(self) -> int:
@@ -127,6 +128,15 @@ class TrainingData:
         one = self.sets[place.set]
         return self._named(one, one.split.key(place.row))
 
+    def flagged(self, place: Place, raw: RawSample) -> bool:
+        """Whether the settings pass over the sample for what curation said of it."""
+        flags = self._flags[place.set]
+        if not flags:
+            return False
+        said = raw.meta.get("curation")
+        found = said.get("flags") if isinstance(said, dict) else None
+        return isinstance(found, dict) and not flags.isdisjoint(found)
+
     def validation_places(self) -> Iterator[Place]:
         """All held-out rows, those of the first set first."""
         for number, one in enumerate(self._ordered):
@@ -139,6 +149,20 @@ class TrainingData:
         drawn = self.mixture.drawn(position).tolist()
         pairs = zip(self.sets, self._ordered, drawn, strict=True)
         return {one.name: n / ordered.held_out.num_training for one, ordered, n in pairs}
+
+    def _flags_of(self, one: OpenedSet) -> frozenset[str]:
+        """The names of curation's stages whose flagged items are passed over."""
+        if not self.config.filters.nsfw:
+            return frozenset()
+        pipeline = one.dataset.manifest.source.get("pipeline") or {}
+        stages = pipeline.get("stages") or ()
+        names = frozenset(s.get("name") or s["type"] for s in stages if s.get("type") == "nsfw")
+        if not names:
+            raise UserError(
+                f"data.filters.nsfw: {one.dataset.path} was not scored; curate it with a stage of "
+                "type nsfw, as recipes/curate/web.yaml has one, or set data.filters.nsfw=false"
+            )
+        return names
 
     def _named(self, one: OpenedSet, key: str) -> str:
         return key if self.mixture is None else f"{one.name}/{key}"

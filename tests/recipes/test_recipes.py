@@ -55,10 +55,6 @@ def expected_problems() -> list[str]:
     """What the sample asks for and this version, on this machine, does not have."""
     problems = [
         (
-            "data.filters.nsfw: true needs the scores of the curation stage, which comes with the "
-            "data plane (ingest and curate); set data.filters.nsfw=false until then"
-        ),
-        (
             "data.shards: s3://mm-data/webdataset/{0000..1023}.tar is remote; object stores come "
             "with the data plane. Copy the shards to a local folder and set data.shards=[FOLDER]"
         ),
@@ -100,7 +96,7 @@ def test_unknown_backbone_hides_no_other_problem() -> None:
     assert "did you mean bertlike-encoder-large?" in message
 
 
-# The overrides that the messages above name.
+# The overrides that the messages above name, and one for a set that was not scored.
 SERVED = (
     "data.filters.nsfw=false",
     "loss.itm.weight=0",

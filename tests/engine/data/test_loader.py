@@ -274,7 +274,6 @@ def test_pairs_of_one_field_have_one_id_on_every_process(tmp_path: Path) -> None
         ({}, "path: give either path or shards"),
         ({"path": "x", "shards": ["y"]}, "path: give either path or shards"),
         ({"path": "s3://bucket/x"}, "comes? with the data plane"),
-        ({"path": "x", "filters": {"nsfw": True}}, "comes with the data plane"),
         ({"path": "x", "validation_every": 1}, "would hold out every row"),
         ({"path": "x", "language_weights": {"en": -1}}, "0 or more is allowed"),
         (

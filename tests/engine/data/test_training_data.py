@@ -9,7 +9,9 @@ import pytest
 
 from carillon.engine.config import UserError, build, config_hash
 from carillon.engine.data.config import DataConfig
+from carillon.engine.data.packed_captions import PackedCaptions
 from carillon.engine.data.shards import ShardWriter
+from carillon.engine.data.tokenizer import Tokenizer
 from carillon.engine.data.training_data import (
     TrainingData,
     language_weights,
@@ -165,3 +167,30 @@ def test_what_the_sets_lack_is_named(sets: dict[str, str], tmp_path: Path) -> No
     bare = build(DataConfig, {"path": str(tmp_path / "bare"), "language_temperature": 2.0})
     with pytest.raises(UserError, match="does not say how many captions"):
         language_weights(bare, open_training(bare))
+
+
+def test_items_that_curation_flagged_are_passed_over(sets: dict[str, str], tmp_path: Path) -> None:
+    stages = [{"type": "nsfw", "name": "unsafe", "action": "flag"}, {"type": "blur"}]
+    source = {"kind": "curate", "pipeline": {"name": "p", "stages": stages}}
+    with ShardWriter(tmp_path / "set", name="set", source=source) as writer:
+        for i in range(20):
+            flags = ({"unsafe": "nsfw 0.9"}, {"blur": "blur 3"}, {}, {})[i % 4]
+            meta: dict[str, Any] = {"captions": {"en": [f"dog {i}"]}}
+            if flags:
+                meta["curation"] = {"flags": flags}
+            writer.write(f"k{i:02d}", {}, meta)
+    tokenizer = Tokenizer.train(["dog"], vocab_size=300)
+
+    def read(**filters: Any) -> PackedCaptions:
+        values = {"path": str(tmp_path / "set"), "batch_size": 2, "filters": filters}
+        return PackedCaptions(training_data(build(DataConfig, values), 0), tokenizer, context=24)
+
+    safe = [read(nsfw=True).batch([p]) for p in range(2)]
+    flagged = {f"k{i:02d}" for i in range(0, 20, 4)}
+    assert not {key for batch in safe for key in batch.keys} & flagged
+    assert sum(batch.num_filtered for batch in safe) > 0
+    assert not any(batch.bad for batch in safe)
+    every = read().batch(range(2))
+    assert flagged & set(every.keys)
+    with pytest.raises(UserError, match=r"filters\.nsfw: .*small was not scored; curate it"):
+        training_data(build(DataConfig, {"path": sets["small"], "filters": {"nsfw": True}}), 0)

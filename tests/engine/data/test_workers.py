@@ -42,10 +42,10 @@ class Hostile(PackedCaptions):
         super().__init__(training_data(config, 5), TOKENIZER, context=24)
         self.harm, self.harmful = harm, key
 
-    def _caption_of(self, position: int, raw: RawSample, purpose: str = "sample") -> Caption:
+    def sample_of(self, position: int, raw: RawSample, purpose: str = "sample") -> Caption:
         if raw.key == self.harmful and os.getpid() != HERE:
             self.harm()
-        return super()._caption_of(position, raw, purpose)
+        return super().sample_of(position, raw, purpose)
 
 
 @pytest.fixture(scope="module")
