@@ -29,6 +29,11 @@ COMMANDS = (
         ("ingest",), "carillon.engine.data.ingest_command", "bring your own media into a data set"
     ),
     Command(
+        ("curate",),
+        "carillon.engine.data.curate.command",
+        "take duplicates and bad items out of data sets",
+    ),
+    Command(
         ("embed",),
         "carillon.engine.index.embedding",
         "turn a data set into vectors by a run's model",
@@ -46,6 +51,22 @@ COMMANDS = (
         ("data", "register"),
         "carillon.engine.registry.register",
         "enter a data set in the registry",
+    ),
+    Command(("data", "show"), "carillon.engine.data.explore.show", "look at items: PNG or HTML"),
+    Command(("data", "stats"), "carillon.engine.data.explore.stats", "count what is in a data set"),
+    Command(("data", "diff"), "carillon.engine.data.explore.diff", "compare two versions of a set"),
+    Command(
+        ("data", "lineage"),
+        "carillon.engine.data.explore.lineage",
+        "what a set was made from, and what was trained on it",
+    ),
+    Command(
+        ("data", "verify"), "carillon.engine.data.explore.verify", "check every checksum of a set"
+    ),
+    Command(
+        ("data", "delete-subject"),
+        "carillon.engine.data.explore.delete_subject",
+        "erase a subject's items into a new version",
     ),
     Command(("tokenizer",), "carillon.engine.data.tokenizer", "train or look into a tokenizer"),
     Command(
@@ -68,7 +89,7 @@ COMMANDS = (
 
 # What `carillon NOUN --help` begins with; its examples are those of its verbs.
 NOUNS = {
-    "data": "Build one of the known data sets, or enter a data set in the registry.",
+    "data": "Build a known data set, register one, look into it, or erase from it.",
     "config": "Check a config before it is trained, or look up its settings.",
     "eval": "Measure how well a run's model does.",
 }

@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from carillon.engine.cli import main as carillon
+from carillon.engine.data.shard_writer import ShardWriter
 from carillon.engine.train.checkpoint import list_checkpoints
 from carillon.engine.train.run_config import load_config
 
@@ -106,11 +107,22 @@ def filled(word: str) -> str:
 
 
 def draw_photos(folder: Path) -> None:
-    """40 pictures of one colour with a caption beside each."""
+    """40 pictures of noise with a caption beside each; the last is a copy of the first."""
     folder.mkdir()
-    for i, colour in enumerate(np.random.default_rng(1).integers(0, 256, (40, 3)).tolist()):
-        Image.new("RGB", (48, 40), tuple(colour)).save(folder / f"{i:02d}.jpg")
-        (folder / f"{i:02d}.txt").write_text(f"a photo of {colour}\n")
+    for i in range(40):
+        noise = np.random.default_rng(i % 39).integers(0, 256, (10, 12, 3), np.uint8)
+        pixels = noise.repeat(8, axis=0).repeat(8, axis=1)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.jpg")
+        (folder / f"{i:02d}.txt").write_text(f"a photo of noise number {i}\n")
+
+
+def write_portraits(folder: Path) -> None:
+    """A set whose items have authors."""
+    picture = Path("photos/00.jpg").read_bytes()
+    with ShardWriter(folder, name="portraits", source={}) as writer:
+        for number, author in enumerate(("Ada", "Bo", "Cy")):
+            meta = {"captions": {"en": [f"a portrait by {author}"]}, "author": author}
+            writer.write(f"p{number}", {"jpg": picture + bytes(number)}, meta)
 
 
 @pytest.fixture
@@ -121,6 +133,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("recipes").symlink_to(ROOT / "recipes")
     TINY_SET["write_set"](Path("data/emoji"), load_config(RECIPE, []))
     draw_photos(Path("photos"))
+    write_portraits(Path("data/portraits"))
     shutil.copy("photos/00.jpg", "dog.jpg")
     rows = [f"photos/{i:02d}.jpg,a photo,ein Foto" for i in range(40)]
     Path("pairs.csv").write_text("\n".join(["image,caption_en,caption_de", *rows]) + "\n")

@@ -16,7 +16,8 @@ from carillon.engine.data.ingest_options import IngestOptions
 from carillon.engine.data.ingest_order import Pace
 from carillon.engine.data.ingest_work import REJECTED_NAME
 from carillon.engine.data.samples import UNKNOWN_LANGUAGE
-from carillon.engine.data.shards import Dataset
+from carillon.engine.registry.command import open_registry
+from carillon.engine.registry.register import register_items
 
 EXAMPLES = """examples:
   carillon ingest photos/ --out data/photos --language en --licence CC-BY-4.0
@@ -127,6 +128,8 @@ def _add_fetching(add: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `carillon ingest` and print what was taken. Raises UserError."""
+    # Opened before the work, so that a registry that cannot be used costs none of it.
+    registry = None if args.registry is None else open_registry(args.registry)
     dataset, num_rejected = ingest(
         args.sources,
         args.out,
@@ -140,8 +143,8 @@ def main(args: argparse.Namespace) -> int:
         ),
         options=_options(args),
     )
-    if args.registry is not None:
-        _register(dataset, args.registry)
+    if registry is not None:
+        register_items(registry, dataset)
     print(f"{dataset.path}  fingerprint {dataset.fingerprint[:16]}")
     for name, split in dataset.manifest.splits.items():
         kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(split.modalities.items()))
@@ -178,10 +181,3 @@ def _options(args: argparse.Namespace) -> IngestOptions:
             per_host_per_s=args.per_host_per_second,
         ),
     )
-
-
-def _register(dataset: Dataset, location: str) -> None:
-    from carillon.engine.registry.register import register_items
-    from carillon.engine.registry.store import Registry
-
-    register_items(Registry.open(location), dataset)

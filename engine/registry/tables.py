@@ -1,4 +1,4 @@
-"""The SQL tables of the lineage: data sets, their items, runs, checkpoints and evaluations.
+"""The SQL tables of the lineage: data sets, their links and items, runs, checkpoints, evaluations.
 
 Portable between SQLite and PostgreSQL: JSON is JSONB there, times are UTC in both. Rows point at
 each other by id, and carry the content hashes (fingerprint, config_hash, content_hash) by which
@@ -89,6 +89,21 @@ class DatasetRow(Base):
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     details: Mapped[dict[str, Any]] = mapped_column("metadata", Json)  # the name is SQLAlchemy's
     fingerprint: Mapped[str] = mapped_column(unique=True)
+    # Set when items were erased from it: it is not to be used any more, the links say what is.
+    superseded_at: Mapped[datetime | None]
+
+
+class DatasetLinkRow(Base):
+    """A data set was made from another: `relation` says how, such as `curate`."""
+
+    __tablename__ = "dataset_links"
+    __table_args__ = (UniqueConstraint("dataset_id", "parent_id"),)
+
+    id: Mapped[int] = mapped_column(Identity, primary_key=True)
+    dataset_id: Mapped[int] = mapped_column(ForeignKey("datasets.id", ondelete="CASCADE"))
+    parent_id: Mapped[int] = mapped_column(ForeignKey("datasets.id"))
+    relation: Mapped[str]
+    details: Mapped[dict[str, Any]]
 
 
 class DataItemRow(Base):
@@ -134,10 +149,27 @@ class TrainingRunRow(Base):
     artifacts_uri: Mapped[str]
     logs_uri: Mapped[str | None]
     name: Mapped[str] = mapped_column(index=True)
-    dataset_id: Mapped[int | None] = mapped_column(ForeignKey("datasets.id"))
     git_commit: Mapped[str | None]
     step: Mapped[int] = mapped_column(BigInteger(), default=0)
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)
+
+
+class RunDatasetRow(Base):
+    """A data set that a run reads; `name` is that in its mixture, empty where it reads one alone.
+
+    `from_position` is the global position at which the set joined. `split` is null where the run
+    was recorded before there were mixtures.
+    """
+
+    __tablename__ = "run_datasets"
+    __table_args__ = (UniqueConstraint("training_run_id", "name"),)
+
+    id: Mapped[int] = mapped_column(Identity, primary_key=True)
+    training_run_id: Mapped[int] = mapped_column(ForeignKey("training_runs.id", ondelete="CASCADE"))
+    dataset_id: Mapped[int] = mapped_column(ForeignKey("datasets.id"), index=True)
+    name: Mapped[str]
+    split: Mapped[str | None]
+    from_position: Mapped[int] = mapped_column(BigInteger(), default=0)
 
 
 class CheckpointRow(Base):

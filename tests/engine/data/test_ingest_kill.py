@@ -7,6 +7,7 @@ so are the kills.
 import csv
 import io
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -45,46 +46,18 @@ def jpeg(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def slowly(data: bytes) -> Any:
-    def route(request: Any) -> None:
-        request.send_response(200)
-        request.send_header("Content-Length", str(len(data)))
-        request.end_headers()
-        for at in range(0, len(data), 200):
-            request.wfile.write(data[at : at + 200])
-            request.server.stopped.wait(0.02)
-
-    return route
-
-
-def endless(request: Any) -> None:
-    request.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
-    while not request.server.stopped.is_set():
-        request.wfile.write(bytes(4096))
-
-
-def status(code: int) -> Any:
-    return lambda request: request.answer(b"no", status=code)
-
-
-def redirect(location: str) -> Any:
-    return lambda request: request.answer(b"", status=302, headers={"Location": location})
-
-
-def wished(data: bytes) -> Any:
-    return lambda request: request.answer(data, headers={"X-Robots-Tag": "noai, nofollow"})
-
-
+SERVERS = runpy.run_path(str(Path(__file__).resolve().parents[3] / "benchmarks/local_servers.py"))
+redirect, slowly, status = (SERVERS[name] for name in ("redirect", "slowly", "status"))
 BAD = {
     "missing": (status(404), "HTTP status 404"),
     "failing": (status(503), "HTTP status 503"),
-    "endless": (endless, "more than 20,000 bytes"),
+    "endless": (SERVERS["endless"], "more than 20,000 bytes"),
     "page": (b"<html>not a picture", "not a JPEG"),
     "cut": (jpeg(1)[:200], "Truncated"),
     "inside": (redirect("http://127.0.0.2/x"), "not on the public internet"),
     "metadata": (redirect("http://169.254.169.254/latest"), "not on the public internet"),
     "file": (redirect("file:///etc/passwd"), "only http:// and https://"),
-    "unwanted": (wished(jpeg(2)), "X-Robots-Tag: noai"),
+    "unwanted": (SERVERS["wished"](jpeg(2)), "X-Robots-Tag: noai"),
 }
 
 

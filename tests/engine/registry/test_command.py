@@ -6,7 +6,7 @@ import pytest
 
 from carillon.engine.cli import main
 from carillon.engine.data.shards import Dataset
-from carillon.engine.registry.store import Registry
+from carillon.engine.registry.store import Registry, RunDataset
 
 HASH = "ab12cd34" * 8
 
@@ -19,7 +19,7 @@ def trained(registry: Registry, dataset: Dataset, tmp_path: Path) -> Registry:
         config_hash="0123456789abcdef",
         params={},
         artifacts_uri=tmp_path / "emoji-3f9a",
-        dataset_fingerprint=dataset.fingerprint,
+        datasets=[RunDataset(dataset.fingerprint, split="train")],
         git_commit="f00dbeef" * 5,
     )
     registry.add_checkpoint(run, 70, uri="/c", content_hash=HASH, val_metrics={"R@1": 0.25})
