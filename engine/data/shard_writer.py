@@ -181,6 +181,10 @@ class ShardWriter:
         self._count(split, members, stored)
         self._keys.add(key)
 
+    def describe(self, **more: Any) -> None:
+        """Add to `source` what is known only while the set is being built."""
+        self._source.update(more)
+
     def attach(self, file: str, data: bytes) -> None:
         """Put a further file beside the shards. Raises UserError for a failing disk."""
         try:
