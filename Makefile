@@ -10,7 +10,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 QUICKSTART := recipes/emoji_quickstart.yaml
 OPERATORS := contrastive packed_attention moe_routing fp8_cast image_normalize
 
-.PHONY: help install install-dev quickstart test asan lint bench-cpu bench-table bench-env bench-peers bench-decode bench-scaling parity prove-kill prove-fp8 prove-duplicates prove-curation fuzz-decode clean
+.PHONY: help install install-dev quickstart test asan lint bench-cpu bench-table bench-env bench-peers bench-decode bench-scaling parity prove-kill prove-fp8 prove-duplicates prove-curation prove-data prove-sets fuzz-decode clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -108,12 +108,18 @@ prove-kill: install-dev  ## kill and resume small runs sixty times: nothing is l
 prove-fp8: install-dev  ## final loss of fp8 against bf16, three seeds of 300 steps (half an hour)
 	$(BIN)/python benchmarks/prove_fp8.py
 
+prove-sets: install-dev  ## build all real data sets from their packages; draws docs/pictures (quarter of an hour)
+	$(BIN)/python benchmarks/prove_sets.py
+
 prove-duplicates: install-dev  ## how many planted duplicates curation finds (JSON; two minutes)
 	$(BIN)/python benchmarks/prove_duplicates.py
 
 prove-curation: install-dev  ## speed, kills and Ray Data: the same kept set (JSON; four minutes)
 	$(BIN)/pip install -q -e ".[ray]" --no-build-isolation
 	$(BIN)/python benchmarks/prove_curation.py
+
+prove-data: install-dev  ## from URLs and a store to trained runs, killed at every stage (ten minutes)
+	$(BIN)/python benchmarks/prove_data.py
 
 # Damaged pictures, sounds and videos. A decoder that crashes leaves its file in build/fuzz-last.
 FUZZ_EXAMPLES ?= 20000

@@ -132,7 +132,7 @@ def _repeated(folder: Path, times: int, *, by: str) -> Path:
     listed, in_index = (times, 1) if by == "shards" else (1, times)
     shards = []
     for number, shard in enumerate(plain.manifest.splits["all"].shards):
-        rows = np.load(plain.splits["all"]._folder / shard.index)
+        rows = np.load(Path(plain.splits["all"]._folder, shard.index))
         index = folder / f"{number}.index.npy"
         header = index_header(rows.dtype["key"].itemsize, len(rows) * in_index)
         index.write_bytes(header + rows.tobytes() * in_index)

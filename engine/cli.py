@@ -25,7 +25,9 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command(("train",), "carillon.engine.train.command", "train a model from a YAML config"),
-    Command(("ingest",), "carillon.engine.data.ingest", "bring your own pairs into a data set"),
+    Command(
+        ("ingest",), "carillon.engine.data.ingest_command", "bring your own media into a data set"
+    ),
     Command(
         ("curate",),
         "carillon.engine.data.curate.command",
@@ -37,11 +39,34 @@ COMMANDS = (
         "turn a data set into vectors by a run's model",
     ),
     Command(("search",), "carillon.engine.index.search", "find pictures by text or by picture"),
-    Command(("data", "emoji"), "carillon.engine.data.emoji", "build the emoji set, 30 languages"),
+    Command(
+        ("data", "emoji"), "carillon.engine.data.sets.emoji", "build the emoji set, 30 languages"
+    ),
+    Command(("data", "stamps"), "carillon.engine.data.sets.stamps", "build the stamps set"),
+    Command(("data", "prompts"), "carillon.engine.data.sets.prompts", "build the prompts set"),
+    Command(("data", "text-lines"), "carillon.engine.data.sets.text_lines", "build the lines set"),
+    Command(("data", "clips"), "carillon.engine.data.sets.clips", "build the clips set"),
+    Command(("data", "speech"), "carillon.engine.data.sets.speech", "build the speech set"),
     Command(
         ("data", "register"),
         "carillon.engine.registry.register",
         "enter a data set in the registry",
+    ),
+    Command(("data", "show"), "carillon.engine.data.explore.show", "look at items: PNG or HTML"),
+    Command(("data", "stats"), "carillon.engine.data.explore.stats", "count what is in a data set"),
+    Command(("data", "diff"), "carillon.engine.data.explore.diff", "compare two versions of a set"),
+    Command(
+        ("data", "lineage"),
+        "carillon.engine.data.explore.lineage",
+        "what a set was made from, and what was trained on it",
+    ),
+    Command(
+        ("data", "verify"), "carillon.engine.data.explore.verify", "check every checksum of a set"
+    ),
+    Command(
+        ("data", "delete-subject"),
+        "carillon.engine.data.explore.delete_subject",
+        "erase a subject's items into a new version",
     ),
     Command(("tokenizer",), "carillon.engine.data.tokenizer", "train or look into a tokenizer"),
     Command(
@@ -64,7 +89,7 @@ COMMANDS = (
 
 # What `carillon NOUN --help` begins with; its examples are those of its verbs.
 NOUNS = {
-    "data": "Build the data set of the recipes, or enter a data set in the registry.",
+    "data": "Build a known data set, register one, look into it, or erase from it.",
     "config": "Check a config before it is trained, or look up its settings.",
     "eval": "Measure how well a run's model does.",
 }

@@ -5,7 +5,6 @@ appended, as a user could, so that it takes seconds. What a CPU machine cannot d
 NOT_RUN, with the reason and the file that tests it instead.
 """
 
-import io
 import json
 import os
 import re
@@ -23,7 +22,7 @@ import pytest
 from PIL import Image
 
 from carillon.engine.cli import main as carillon
-from carillon.engine.data.shards import ShardWriter
+from carillon.engine.data.shard_writer import ShardWriter
 from carillon.engine.train.checkpoint import list_checkpoints
 from carillon.engine.train.run_config import load_config
 
@@ -41,7 +40,9 @@ class NotRun(NamedTuple):
     tested: str
 
 
-_NPM = NotRun("fetches packages with npm, or needs them", "tests/engine/data/test_emoji.py")
+_NPM = NotRun("fetches packages with npm, or needs them", "tests/engine/data/sets/test_emoji.py")
+_SETS = "tests/engine/data/sets"
+_DEBIAN = "fetches packages of Debian"
 _BUILD = NotRun("builds the environment that this test runs in", ".ci/run")
 NOT_RUN = {
     "make install": _BUILD,
@@ -56,6 +57,18 @@ NOT_RUN = {
     ),
     "carillon data emoji --size 64 --out data/emoji": _NPM,
     "carillon data emoji --data TARBALLS": _NPM,
+    "carillon data emoji": _NPM,
+    "carillon data stamps": NotRun(_DEBIAN, f"{_SETS}/test_stamps.py"),
+    "carillon data stamps --limit 100 --out data/stamps-100": NotRun(
+        _DEBIAN, f"{_SETS}/test_stamps.py"
+    ),
+    "carillon data prompts": NotRun(_DEBIAN, f"{_SETS}/test_prompts.py"),
+    "carillon data text-lines": NotRun(_DEBIAN, f"{_SETS}/test_text_lines.py"),
+    "carillon data text-lines --languages ar,hi,th --per-language 50 --seed 1 "
+    "--out data/lines-three": NotRun(_DEBIAN, f"{_SETS}/test_text_lines.py"),
+    "carillon data clips": NotRun("fetches packages with npm", f"{_SETS}/test_clips.py"),
+    "carillon data speech": NotRun("fetches packages with npm", f"{_SETS}/test_speech.py"),
+    "make prove-sets": NotRun("builds every set, for minutes", "benchmarks/prove_sets.py"),
     "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 "
     "recipes/train.py --config recipes/X.yaml": NotRun(
         "needs two machines of eight processes", "tests/engine/train/test_launch.py"
@@ -94,21 +107,22 @@ def filled(word: str) -> str:
 
 
 def draw_photos(folder: Path) -> None:
-    """40 pictures of one colour with a caption beside each."""
+    """40 pictures of noise with a caption beside each; the last is a copy of the first."""
     folder.mkdir()
-    for i, colour in enumerate(np.random.default_rng(1).integers(0, 256, (40, 3)).tolist()):
-        Image.new("RGB", (48, 40), tuple(colour)).save(folder / f"{i:02d}.jpg")
-        (folder / f"{i:02d}.txt").write_text(f"a photo of {colour}\n")
+    for i in range(40):
+        noise = np.random.default_rng(i % 39).integers(0, 256, (10, 12, 3), np.uint8)
+        pixels = noise.repeat(8, axis=0).repeat(8, axis=1)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.jpg")
+        (folder / f"{i:02d}.txt").write_text(f"a photo of noise number {i}\n")
 
 
-def write_raw_set(out: Path) -> None:
-    """20 pictures of noise, the first of them twice, for curation."""
-    with ShardWriter(out, name="raw", source={"made": "for tests"}) as writer:
-        for i in range(20):
-            noise = np.random.default_rng(max(1, i)).integers(0, 256, (80, 96, 3), np.uint8)
-            buffer = io.BytesIO()
-            Image.fromarray(noise).save(buffer, "PNG")
-            writer.write(f"raw{i}", {"png": buffer.getvalue()}, {"captions": {"en": ["noise"]}})
+def write_portraits(folder: Path) -> None:
+    """A set whose items have authors."""
+    picture = Path("photos/00.jpg").read_bytes()
+    with ShardWriter(folder, name="portraits", source={}) as writer:
+        for number, author in enumerate(("Ada", "Bo", "Cy")):
+            meta = {"captions": {"en": [f"a portrait by {author}"]}, "author": author}
+            writer.write(f"p{number}", {"jpg": picture + bytes(number)}, meta)
 
 
 @pytest.fixture
@@ -118,8 +132,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     Path("recipes").symlink_to(ROOT / "recipes")
     TINY_SET["write_set"](Path("data/emoji"), load_config(RECIPE, []))
-    write_raw_set(Path("data/raw"))
     draw_photos(Path("photos"))
+    write_portraits(Path("data/portraits"))
     shutil.copy("photos/00.jpg", "dog.jpg")
     rows = [f"photos/{i:02d}.jpg,a photo,ein Foto" for i in range(40)]
     Path("pairs.csv").write_text("\n".join(["image,caption_en,caption_de", *rows]) + "\n")

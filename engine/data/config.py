@@ -118,13 +118,6 @@ class JoinConfig(SetConfig):
 def _source_problems(path: str | None, shards: tuple[str, ...]) -> Iterator[str]:
     if (path is None) == (not shards):
         yield "path: give either path or shards (a folder, or a list of tars)"
-    given, how = ("shards", "[FOLDER]") if shards else ("path", "FOLDER")
-    for source in shards or ((path,) if path is not None else ()):
-        if "://" in source:
-            yield (
-                f"{given}: {source} is remote; object stores come with the data plane. "
-                f"Copy the shards to a local folder and set data.{given}={how}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +125,11 @@ class DataConfig:
     """`data`: what is read and how it becomes batches."""
 
     path: str | None = setting(
-        None, "A data set folder, or a folder or pattern of WebDataset tars."
+        None, "A data set folder, or a folder or pattern of WebDataset tars; a path or a URL."
     )
-    shards: tuple[str, ...] = setting((), "Instead of path: tar files or brace patterns.")
+    shards: tuple[str, ...] = setting(
+        (), "Instead of path: tar files or brace patterns; paths or URLs."
+    )
     split: str | None = setting(None, "Split to train on; none: `train`, or the set's only split.")
     mixture: dict[str, SetConfig] = setting({}, "Instead of path: several sets, by names.")
     joins: dict[str, JoinConfig] = setting(

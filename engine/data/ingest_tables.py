@@ -1,9 +1,10 @@
 """Rows of csv, tsv, jsonl and parquet files as plain dictionaries.
 
-A reader gives the column names and a function that reads the rows; a row that cannot be read is its
-reason, a string, and the next one follows. A file that cannot be read at all raises UserError. The
-function takes the names of the columns in use: of a parquet only these are read and those whose
-values are text, numbers or truth values; so an extra column of timestamps or vectors does no harm.
+A reader gives the column names, those that hold bytes, and a function that reads the rows; a row
+that cannot be read is its reason, a string, and the next one follows. A file that cannot be read at
+all raises UserError. The function takes the names of the columns in use: of a parquet only these
+are read and those whose values are text, numbers or truth values; so an extra column of timestamps
+or vectors does no harm. Rows come one after another, whatever the file's size.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import csv
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from carillon.engine.config import UserError
 
@@ -22,9 +23,20 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 ReadRows = Callable[[Collection[str]], Iterator[Row | str]]
-RowReader = Callable[[Path], tuple[Sequence[str], ReadRows]]
+
+
+class Table(NamedTuple):
+    """A table's columns, and how its rows are read."""
+
+    names: Sequence[str]
+    rows: ReadRows
+    binary: frozenset[str] = frozenset()
+
+
+RowReader = Callable[[Path], Table]
 
 _MAX_FIELD_BYTES = 16 << 20
+_ROWS, _EMBEDDED_ROWS = 1024, 32  # held at once; media may have megabytes each
 
 
 def _open_text(path: Path) -> TextIO:
@@ -38,7 +50,7 @@ def _open_text(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _csv_rows(path: Path) -> tuple[Sequence[str], ReadRows]:
+def _csv_rows(path: Path) -> Table:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     csv.field_size_limit(_MAX_FIELD_BYTES)  # the default refuses whole files for one long field
 
@@ -64,15 +76,15 @@ def _csv_rows(path: Path) -> tuple[Sequence[str], ReadRows]:
             else:
                 yield dict(zip(names, line, strict=True))
 
-    return names, records
+    return Table(names, records)
 
 
-def _jsonl_rows(path: Path) -> tuple[Sequence[str], ReadRows]:
+def _jsonl_rows(path: Path) -> Table:
     names: dict[str, None] = {}
     for row in _json_lines(path):
         if not isinstance(row, str):
             names.update(dict.fromkeys(row))
-    return list(names), lambda _used: _json_lines(path)
+    return Table(list(names), lambda _used: _json_lines(path))
 
 
 def _json_lines(path: Path) -> Iterator[Row | str]:
@@ -88,7 +100,7 @@ def _json_lines(path: Path) -> Iterator[Row | str]:
             yield row if isinstance(row, dict) else "the line is no JSON object"
 
 
-def _parquet_rows(path: Path) -> tuple[Sequence[str], ReadRows]:
+def _parquet_rows(path: Path) -> Table:
     import pyarrow
     import pyarrow.parquet
 
@@ -101,15 +113,27 @@ def _parquet_rows(path: Path) -> tuple[Sequence[str], ReadRows]:
     if len(set(schema.names)) != len(schema.names):
         raise UserError(f"{path}: the header {', '.join(schema.names)} names a column twice")
 
+    binary = frozenset(field.name for field in schema if holds_bytes(field.type))
+
     def rows(used: Collection[str]) -> Iterator[Row | str]:
         read = [field.name for field in schema if field.name in used or _is_plain(field.type)]
         try:
-            for batch in file.iter_batches(batch_size=1024, columns=read):
-                yield from _batch_rows(batch.select(read))  # `a` also gave `a.b`
+            num_rows = _EMBEDDED_ROWS if binary & set(read) else _ROWS
+            for batch in file.iter_batches(batch_size=num_rows, columns=read):
+                yield from batch_rows(batch.select(read))  # `a` also gave `a.b`
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path} is damaged: {error}") from None
 
-    return schema.names, rows
+    return Table(schema.names, rows, binary)
+
+
+def holds_bytes(kind: pyarrow.DataType) -> bool:
+    """Whether values are bytes, or what other tools write for media: bytes and a path."""
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
 def _is_plain(kind: pyarrow.DataType) -> bool:
@@ -120,7 +144,7 @@ def _is_plain(kind: pyarrow.DataType) -> bool:
     return types.is_boolean(kind) or any(check(kind) for check in checks)
 
 
-def _batch_rows(batch: pyarrow.RecordBatch) -> Iterator[Row | str]:
+def batch_rows(batch: pyarrow.RecordBatch) -> Iterator[Row | str]:
     """Rows one by one where some value has no Python form: text that is not UTF-8, odd times."""
     try:
         rows: list[Row] = batch.to_pylist()

@@ -16,10 +16,13 @@ from typing import Any
 
 from carillon.engine.access import explained
 from carillon.engine.config import UserError
+from carillon.engine.data.store import read_whole
 
 MANIFEST_NAME = "dataset.json"
 FORMAT = "carillon-shards"
 VERSION = 3  # 3: a sample is one span of any members; shards have a table of their items
+
+_MAX_BYTES = 1 << 30  # a million shards are some 600 MB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +102,13 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def read_manifest(path: Path, *, absolute_files: bool = False) -> Manifest:
-    """Read and check a dataset.json; `absolute_files` is for our own index cache only.
+def read_manifest(path: str | Path, *, absolute_files: bool = False) -> Manifest:
+    """Read and check a dataset.json by path or URL; `absolute_files` is for our index cache only.
 
     Raises UserError when it is damaged, of another version, or names files outside its folder.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_whole(str(path), max_bytes=_MAX_BYTES))
         checksum = content.pop("checksum")
         intact = checksum == _checksum(content)
     except OSError as error:

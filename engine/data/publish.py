@@ -73,7 +73,7 @@ def publish_file(out: Path, data: bytes, *, parents: bool = False) -> None:
 
 def publish_folder(folder: Path, out: Path) -> None:
     """Put a finished folder under its final name, an existing one aside and then away."""
-    _sync_folder(folder)
+    sync_folder(folder)
     replaced: Path | None = None
     if out.exists():
         replaced = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent))
@@ -89,7 +89,7 @@ def publish_folder(folder: Path, out: Path) -> None:
         raise
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
-    _sync_folder(out.parent)
+    sync_folder(out.parent)
 
 
 def _what_stands(out: Path) -> str | None:
@@ -104,7 +104,8 @@ def _what_stands(out: Path) -> str | None:
     return "a folder around the current one" if place in here.parents else None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -14,9 +14,7 @@ are ignored and counted, never opened.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import struct
 import zlib
 from collections import Counter
@@ -28,7 +26,9 @@ from typing import NamedTuple
 
 from carillon.engine.access import explained
 from carillon.engine.config import UserError
+from carillon.engine.data.hashed_file import HashedFile
 from carillon.engine.data.samples import modality_of
+from carillon.engine.data.store import open_blob
 from carillon.engine.data.tar_members import TarError, TarMember, iter_members
 
 MAX_KEY_BYTES = 200
@@ -90,12 +90,12 @@ class IndexReader:
     rows, at a row that is damaged or points outside its shard.
     """
 
-    def __init__(self, path: Path, *, num_rows: int, shard_size_bytes: int) -> None:
-        self._path, self._shard_size_bytes = path, shard_size_bytes
+    def __init__(self, place: str | Path, *, num_rows: int, shard_size_bytes: int) -> None:
+        self._place, self._shard_size_bytes = place, shard_size_bytes
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._blob = open_blob(str(place))
         except OSError as error:
-            raise UserError(f"the index {path} cannot be read: {explained(error)}") from None
+            raise UserError(f"the index {place} cannot be read: {explained(error)}") from None
         self._packed = _packed(self._key_width(num_rows))
 
     def row(self, number: int) -> IndexRow:
@@ -111,7 +111,7 @@ class IndexReader:
 
     def _key_width(self, num_rows: int) -> int:
         """The width that follows from the file's size, once the header is found to say the same."""
-        rows_bytes = os.fstat(self._fd).st_size - _HEADER_BYTES
+        rows_bytes = self._blob.size_bytes - _HEADER_BYTES
         row_bytes, rest = divmod(rows_bytes, max(num_rows, 1))
         key_width = row_bytes - _packed(0).size - _CRC_BYTES
         if rest or not 1 <= key_width <= MAX_KEY_BYTES:
@@ -124,39 +124,33 @@ class IndexReader:
 
     def _read(self, size: int, offset: int) -> bytes:
         try:
-            return os.pread(self._fd, size, offset)
+            return self._blob.read(offset, size)
         except OSError as error:
-            raise UserError(f"the index {self._path} cannot be read: {explained(error)}") from None
+            raise UserError(f"the index {self._place} cannot be read: {explained(error)}") from None
 
     def _refused(self, reason: str) -> UserError:
-        return UserError(f"the index {self._path} {reason}. Copy or build the set again.")
-
-    def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
+        return UserError(f"the index {self._place} {reason}. Copy or build the set again.")
 
 
-def index_tar(path: Path) -> IndexedTar:
-    """Scan a WebDataset shard. Raises UserError naming the file when it is damaged."""
+def index_tar(place: str | Path) -> IndexedTar:
+    """Scan a WebDataset shard, reading it once. Raises UserError naming it when it is damaged."""
     ignored: Counter[str] = Counter()
     rows: list[IndexRow] = []
     try:
-        with path.open("rb") as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            usable = (
-                (split[0], member)
-                for member in iter_members(file, size_bytes)
-                if (split := _usable(member, ignored)) is not None
-            )
-            for key, members in groupby(usable, key=itemgetter(0)):
-                rows += _row(file.fileno(), key, [member for _, member in members], ignored)
-            file.seek(0)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file = HashedFile(open_blob(str(place)))
+        usable = (
+            (split[0], member)
+            for member in iter_members(file, file.size_bytes)
+            if (split := _usable(member, ignored)) is not None
+        )
+        for key, members in groupby(usable, key=itemgetter(0)):
+            rows += _row(file, key, [member for _, member in members], ignored)
+        sha256 = file.sha256()
     except TarError as error:
-        raise UserError(f"{path} cannot be used: {error}. Copy or build it again.") from None
+        raise UserError(f"{place} cannot be used: {error}. Copy or build it again.") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    return IndexedTar(rows, ignored, sha256, size_bytes)
+        raise UserError(f"{place} cannot be read: {explained(error)}") from None
+    return IndexedTar(rows, ignored, sha256, file.size_bytes)
 
 
 def members_of(key: str, span: bytes) -> dict[str, bytes]:
@@ -205,7 +199,7 @@ def safe_name(name: str) -> bool:
 
 
 def _row(
-    fd: int, key: str, members: Sequence[TarMember], ignored: Counter[str]
+    file: HashedFile, key: str, members: Sequence[TarMember], ignored: Counter[str]
 ) -> Iterable[IndexRow]:
     start, end = members[0].start, members[-1].offset + members[-1].size
     if end - start >= _MAX_SPAN_BYTES:
@@ -213,5 +207,6 @@ def _row(
         return []
     crc = 0
     for offset in range(start, end, _CHUNK_BYTES):
-        crc = zlib.crc32(os.pread(fd, min(_CHUNK_BYTES, end - offset), offset), crc)
+        file.seek(offset)
+        crc = zlib.crc32(file.read(min(_CHUNK_BYTES, end - offset)), crc)
     return [IndexRow(key.removeprefix("./").encode(), start, end - start, crc)]

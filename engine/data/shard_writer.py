@@ -3,6 +3,8 @@
 Until the rename nothing stands under the final name, so a killed or failed write is never taken
 for a whole set. The bytes follow from the samples and their order alone (no times, no owners):
 the same input gives the same fingerprint. A shard is closed once it passes `max_shard_bytes`.
+A long build can be kept: `save` makes what was written durable and says what to go on from, and a
+writer with that goes on in the same folder, to the same bytes, whatever was written since.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -32,7 +35,7 @@ from carillon.engine.data.manifest import (
     SplitFiles,
     manifest_bytes,
 )
-from carillon.engine.data.publish import check_target, json_of, publish_folder
+from carillon.engine.data.publish import check_target, json_of, publish_folder, sync_folder
 from carillon.engine.data.samples import MODALITIES, SampleError, clean_captions, modality_of
 from carillon.engine.data.shard_index import MAX_KEY_BYTES, IndexRow, index_bytes, safe_name
 from carillon.engine.data.tar_members import BLOCK
@@ -46,7 +49,10 @@ _MEMBER_RULE = (
 
 
 class _OpenTar:
-    """One shard under construction; its SHA-256 runs along with the writing."""
+    """One shard under construction; its SHA-256 runs along with the writing.
+
+    What `save` keeps of it besides the tar is a file of rows outside of the set's folder.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,6 +61,46 @@ class _OpenTar:
         self.size_bytes = 0
         self._file: BinaryIO = path.open("wb", buffering=1 << 20)
         self._sha256 = hashlib.sha256()
+        self._num_saved = 0
+
+    @classmethod
+    def resumed(cls, path: Path, saved: Mapping[str, int]) -> Self:
+        """The shard as it was saved; what came after is cut off. Raises OSError, ValueError."""
+        tar = cls.__new__(cls)
+        tar.path, tar.rows, tar.items = path, [], []
+        tar.size_bytes, tar._num_saved = saved["size_bytes"], saved["num_rows"]
+        if path.stat().st_size < tar.size_bytes:
+            raise ValueError(f"{path.name} is shorter than it was")
+        os.truncate(_rows_path(path), saved["rows_bytes"])
+        for line in _rows_path(path).read_text(encoding="utf-8").splitlines():
+            item, *span = json.loads(line)
+            tar.rows.append(IndexRow(item["key"].encode(), *span))
+            tar.items.append(item)
+        os.truncate(path, tar.size_bytes)
+        with path.open("rb") as file:
+            tar._sha256 = hashlib.file_digest(file, "sha256")
+        if len(tar.rows) != tar._num_saved:
+            raise ValueError(f"{_rows_path(path).name} has not the rows that it had")
+        tar._file = path.open("ab", buffering=1 << 20)
+        return tar
+
+    def save(self) -> dict[str, int]:
+        """Make all that was added durable; returns what `resumed` needs."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        new = zip(self.items[self._num_saved :], self.rows[self._num_saved :], strict=True)
+        lines = [json.dumps([item, row.offset, row.size, row.crc32]) + "\n" for item, row in new]
+        with _rows_path(self.path).open("ab" if self._num_saved else "wb") as file:
+            file.write("".join(lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            rows_bytes = file.tell()
+        self._num_saved = len(self.rows)
+        return {
+            "size_bytes": self.size_bytes,
+            "num_rows": len(self.rows),
+            "rows_bytes": rows_bytes,
+        }
 
     def add(self, key: str, members: Mapping[str, bytes], item: dict[str, Any]) -> None:
         start, crc, size = self.size_bytes, 0, 0
@@ -106,6 +152,9 @@ class ShardWriter:
 
     Raises UserError when `out` exists (unless it is a data set and `overwrite`) or cannot be
     written; whatever goes wrong, nothing is left behind and what stood there stays as it was.
+    With `work`, a folder beside `out`, that is where the set is made, and it stays when something
+    goes wrong; `saved` is what `save` gave to go on from. Such a build can be too long to remember
+    keys, so that they are unique is the caller's to know then.
     """
 
     def __init__(
@@ -116,13 +165,18 @@ class ShardWriter:
         source: Mapping[str, Any],
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         overwrite: bool = False,
+        work: Path | None = None,
+        saved: Mapping[str, Any] | None = None,
     ) -> None:
         self.out = out.absolute()
         self._name = name
         self._source = dict(source)
         self._max_shard_bytes = max_shard_bytes
         self._overwrite = overwrite
+        self._work, self._saved = work, saved
         self._keys: set[str] = set()
+        self._closed: list[Path] = []  # shards since the last save, and between the two before it
+        self._unneeded: list[Path] = []
         self._tars: dict[str, _OpenTar] = {}
         self._finished: dict[str, list[ShardFile]] = {}
         self._languages: dict[str, Counter[str]] = {}
@@ -133,12 +187,71 @@ class ShardWriter:
         self._check_target()
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            prefix = f".{self.out.name}.partial-"
-            self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.out.parent))
-            self._folder.chmod(0o755)
+            if self._work is None:
+                prefix = f".{self.out.name}.partial-"
+                self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.out.parent))
+                self._folder.chmod(0o755)
+            else:
+                self._folder = self._work
+                self._folder.mkdir(exist_ok=True)
         except OSError as error:
             raise self._cannot_write(error) from None
+        if self._work is not None:
+            self._resume(self._saved or {})
         return self
+
+    def save(self) -> dict[str, Any]:
+        """Make all that was written durable; returns what a writer goes on from, for JSON.
+
+        Raises UserError for a failing disk.
+        """
+        try:
+            saved = {
+                split: {
+                    "finished": [asdict(shard) for shard in self._finished[split]],
+                    "open": self._tars[split].save() if split in self._tars else None,
+                    "languages": dict(self._languages[split]),
+                    "licences": dict(self._licences[split]),
+                    "modalities": dict(self._modalities[split]),
+                }
+                for split in self._finished
+            }
+            sync_folder(self._folder)
+            for tar in self._unneeded:  # closed before the last save, so no save refers to them
+                _rows_path(tar).unlink(missing_ok=True)
+        except OSError as error:
+            raise self._cannot_write(error) from None
+        self._unneeded, self._closed = self._closed, []
+        return saved
+
+    def _resume(self, saved: Mapping[str, Any]) -> None:
+        try:
+            self._reopen(saved)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"the unfinished shards in {self._folder} are damaged: {error}. Begin anew with "
+                "--restart."
+            ) from None
+
+    def _reopen(self, saved: Mapping[str, Any]) -> None:
+        kept: set[str] = set()
+        for split, of_split in saved.items():
+            shards = [ShardFile(**shard) for shard in of_split["finished"]]
+            self._finished[split] = shards
+            self._languages[split] = Counter(of_split["languages"])
+            self._licences[split] = Counter(of_split["licences"])
+            self._modalities[split] = Counter(of_split["modalities"])
+            kept.update(name for shard in shards for name in shard.names)
+            for shard in shards:
+                if (self._folder / shard.file).stat().st_size != shard.size_bytes:
+                    raise ValueError(f"{shard.file} is not as long as it was")
+            if of_split["open"] is not None:
+                path = self._folder / _shard_name(split, len(shards))
+                self._tars[split] = _OpenTar.resumed(path, of_split["open"])
+                kept.add(path.name)
+        for file in self._folder.iterdir():
+            if file.name not in kept:  # written after the save
+                file.unlink()
 
     def write(
         self,
@@ -179,12 +292,25 @@ class ShardWriter:
         except OSError as error:
             raise self._cannot_write(error) from None
         self._count(split, members, stored)
-        self._keys.add(key)
+        if self._work is None:
+            self._keys.add(key)
 
-    def attach(self, file: str, data: bytes) -> None:
-        """Put a further file beside the shards. Raises UserError for a failing disk."""
+    def describe(self, **more: Any) -> None:
+        """Add to `source` what is known only while the set is being built."""
+        self._source.update(more)
+
+    def attach(self, file: str, content: bytes | Path) -> None:
+        """Put a further file beside the shards, its bytes or a copy of a file of any size.
+
+        Raises UserError for a failing disk.
+        """
         try:
-            write_synced(self._folder / file, data)
+            if isinstance(content, Path):
+                shutil.copyfile(content, self._folder / file)
+                with open(self._folder / file, "rb") as copy:
+                    os.fsync(copy.fileno())
+            else:
+                write_synced(self._folder / file, content)
         except OSError as error:
             raise self._cannot_write(error) from None
 
@@ -202,7 +328,8 @@ class ShardWriter:
         finally:
             for tar in self._tars.values():
                 tar.abandon()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            if self._work is None:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def _append(
         self,
@@ -219,11 +346,12 @@ class ShardWriter:
             tar = None
         if tar is None:
             number = len(self._finished.setdefault(split, []))
-            tar = self._tars[split] = _OpenTar(self._folder / f"{split}-{number:06d}.tar")
+            tar = self._tars[split] = _OpenTar(self._folder / _shard_name(split, number))
         tar.add(key, {**members, "json": encoded}, item)
 
     def _finish(self, split: str) -> None:
         self._finished[split].append(self._tars[split].finish())
+        self._closed.append(self._tars[split].path)
         del self._tars[split]
 
     def _count(self, split: str, members: Mapping[str, bytes], meta: Mapping[str, Any]) -> None:
@@ -237,7 +365,7 @@ class ShardWriter:
         self._licences.setdefault(split, Counter())[licence] += 1
 
     def _publish(self) -> None:
-        if not self._keys:
+        if not self._finished:
             raise UserError(f"no sample was written, so {self.out} was not made")
         for split in list(self._tars):
             self._finish(split)
@@ -256,17 +384,26 @@ class ShardWriter:
         publish_folder(self._folder, self.out)
 
     def _check_target(self) -> None:
-        check_target(self.out, "data set", _is_data_set, overwrite=self._overwrite)
+        check_target(self.out, "data set", is_data_set, overwrite=self._overwrite)
 
     def _cannot_write(self, error: OSError) -> UserError:
         reason = error.strerror or str(error)
+        left = "Nothing was left behind" if self._work is None else f"{self._work} is kept"
         return UserError(
-            f"the data set {self.out} cannot be written: {reason}. Nothing was left behind; "
+            f"the data set {self.out} cannot be written: {reason}. {left}; "
             "free some space or choose a folder that can be written."
         )
 
 
-def _is_data_set(folder: Path) -> bool:
+def _shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}.tar"
+
+
+def _rows_path(tar: Path) -> Path:
+    return tar.parent.parent / f"{tar.stem}.rows.jsonl"
+
+
+def is_data_set(folder: Path) -> bool:
     """Whether it is a data set of ours, whole or damaged."""
     return json_of(folder / MANIFEST_NAME).get("format") == FORMAT
 

@@ -7,7 +7,8 @@ its shard is first touched, and row by row from then on. Splits hold no open fil
 read, so they can be pickled, forked and spawned. At most so many shards stay open; random rows of
 more shards than that cost two `open` calls each.
 Plain WebDataset tars are indexed once into a cache folder (index_cache.py) and then read alike.
-Left out: object stores, and writing into a finished set.
+A set may lie behind a URL (store.py): the same reads are then ranges of its objects.
+Left out: writing into a finished set.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from carillon.engine.config import UserError
-from carillon.engine.data.index_cache import expand_sources, indexed_manifest
+from carillon.engine.data.index_cache import expand_sources, holds_manifest, indexed_manifest
 from carillon.engine.data.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -34,28 +35,25 @@ from carillon.engine.data.manifest import (
 from carillon.engine.data.samples import RawSample, SampleError, parse_meta
 from carillon.engine.data.shard_index import IndexReader, IndexRow, members_of
 from carillon.engine.data.shard_writer import ShardWriter
+from carillon.engine.data.store import Blob, is_remote, join, listed, open_blob
 
 __all__ = ["Dataset", "RawSample", "SampleError", "ShardWriter", "Split", "open_dataset"]
 
 _MAX_OPEN_SHARDS = 128  # two descriptors each (tar and index): far below the usual 1,024
 
 
+@dataclass(frozen=True)
 class _OpenShard:
     """A tar and its index; closed when the last reader lets go."""
 
-    def __init__(self, tar: Path, index: IndexReader) -> None:
-        self.index = index
-        self.fd = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
+    tar: Blob
+    index: IndexReader
 
 
 class Split:
     """The samples of one split as a sequence; safe to share between threads and processes."""
 
-    def __init__(self, name: str, folder: Path, files: SplitFiles) -> None:
+    def __init__(self, name: str, folder: str, files: SplitFiles) -> None:
         self.name = name
         self._folder = folder
         self._shards = files.shards
@@ -83,7 +81,7 @@ class Split:
         shard, at = self._row(number, local)
         key = at.key.decode()
         try:
-            span = os.pread(shard.fd, at.size, at.offset)
+            span = shard.tar.read(at.offset, at.size)
         except OSError as error:
             raise self._unreadable(number, error) from None
         if zlib.crc32(span) != at.crc32:
@@ -114,61 +112,97 @@ class Split:
     def _open_shard(self, number: int) -> _OpenShard:
         entry = self._shards[number]
         index = IndexReader(
-            self._folder / entry.index,
+            join(self._folder, entry.index),
             num_rows=entry.num_samples,
             shard_size_bytes=entry.size_bytes,
         )
         try:
-            return _OpenShard(self._folder / entry.file, index)
+            tar = open_blob(join(self._folder, entry.file))
         except OSError as error:
             raise self._unreadable(number, error) from None
+        _check_size(tar.place, tar.size_bytes, entry)
+        return _OpenShard(tar, index)
 
     def _unreadable(self, number: int, error: OSError) -> UserError:
-        path = self._folder / self._shards[number].file
-        return UserError(f"{path} cannot be read: {error.strerror or error}")
+        place = join(self._folder, self._shards[number].file)
+        return UserError(f"{place} cannot be read: {error.strerror or error}")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened data set; `fingerprint` identifies its bytes wherever they lie."""
+    """An opened data set; `fingerprint` identifies its bytes wherever they lie.
+
+    `place` is its absolute path or its URL.
+    """
 
     name: str
     fingerprint: str
-    path: Path
+    place: str
     splits: Mapping[str, Split]
     manifest: Manifest
+
+    @property
+    def path(self) -> Path:
+        """The folder of a local set. Raises UserError for a remote one."""
+        if is_remote(self.place):
+            raise UserError(f"{self.place} is remote, and a local data set is needed; copy it")
+        return Path(self.place)
 
 
 def open_dataset(path: str | Path | Sequence[str]) -> Dataset:
     """Open a data set folder, or plain WebDataset tars (folder, file, brace pattern or list).
 
-    Plain tars have one split, "all".
-    Raises UserError when something is missing, damaged or not of this machine.
+    Paths or URLs. Plain tars have one split, "all".
+    Raises UserError when something is missing or damaged, or a store does not answer.
     """
-    if isinstance(path, (str, Path)) and (Path(path) / MANIFEST_NAME).is_file():
-        folder = Path(path).absolute()
-        manifest = read_manifest(folder / MANIFEST_NAME)
-        return _dataset(folder, folder, manifest)
+    if isinstance(path, (str, Path)):
+        folder = str(path) if is_remote(str(path)) else os.path.abspath(path)
+        if holds_manifest(folder):
+            folder = folder.rstrip("/") or folder
+            manifest = read_manifest(join(folder, MANIFEST_NAME))
+            return _dataset(folder, folder, manifest)
     tars = expand_sources(path)
     index_folder, manifest = indexed_manifest(tars)
-    return _dataset(tars[0].parent, index_folder, manifest)
+    return _dataset(tars[0].place.rpartition("/")[0], str(index_folder), manifest)
 
 
-def _dataset(path: Path, folder: Path, manifest: Manifest) -> Dataset:
-    for files in manifest.splits.values():
-        for shard in files.shards:
-            _check_size(folder / shard.file, shard)
+def _dataset(place: str, folder: str, manifest: Manifest) -> Dataset:
+    shards = [shard for files in manifest.splits.values() for shard in files.shards]
+    if is_remote(folder):
+        _check_listed(folder, shards)
+    else:
+        for shard in shards:
+            if not is_remote(shard.file):
+                _check_local(join(folder, shard.file), shard)
     splits = {name: Split(name, folder, files) for name, files in manifest.splits.items()}
-    return Dataset(manifest.name, manifest.fingerprint, path, splits, manifest)
+    return Dataset(manifest.name, manifest.fingerprint, place, splits, manifest)
 
 
-def _check_size(path: Path, shard: ShardFile) -> None:
+def _check_local(path: str, shard: ShardFile) -> None:
     try:
-        size_bytes = path.stat().st_size
+        size_bytes = os.stat(path).st_size
     except OSError as error:
         raise UserError(f"the shard {path} is missing: {error.strerror}") from None
+    _check_size(path, size_bytes, shard)
+
+
+def _check_listed(folder: str, shards: Sequence[ShardFile]) -> None:
+    """By one listing of the folder; where there is none a shard is checked when it is opened."""
+    if folder.startswith("http"):
+        return
+    try:
+        found = dict(listed(folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror or error}") from None
+    for shard in shards:
+        if shard.file not in found:
+            raise UserError(f"the shard {join(folder, shard.file)} is missing. Copy the set again.")
+        _check_size(join(folder, shard.file), found[shard.file].size_bytes, shard)
+
+
+def _check_size(place: str, size_bytes: int, shard: ShardFile) -> None:
     if size_bytes != shard.size_bytes:
         raise UserError(
-            f"the shard {path} is truncated or altered: {size_bytes:,} bytes where dataset.json "
+            f"the shard {place} is truncated or altered: {size_bytes:,} bytes where dataset.json "
             f"says {shard.size_bytes:,}. Copy or build the set again."
         )

@@ -159,7 +159,7 @@ class TrainingData:
         names = frozenset(s.get("name") or s["type"] for s in stages if s.get("type") == "nsfw")
         if not names:
             raise UserError(
-                f"data.filters.nsfw: {one.dataset.path} was not scored; curate it with a stage of "
+                f"data.filters.nsfw: {one.dataset.place} was not scored; curate it with a stage of "
                 "type nsfw, as recipes/curate/web.yaml has one, or set data.filters.nsfw=false"
             )
         return names
@@ -171,7 +171,7 @@ class TrainingData:
         held_out = HeldOut(len(one.split), self.config.validation_every)
         num, shuffle = held_out.num_training, self.config.shuffle
         if num < 1:
-            raise UserError(f"{one.dataset.path}: the split {one.split.name} has no training rows")
+            raise UserError(f"{one.dataset.place}: the split {one.split.name} has no training rows")
         seed = stable_hash(self.seed, "set", one.name) if self.config.mixture else self.seed
         if shuffle.block_rows is None:
             return _Ordered(held_out, SampleOrder(num, seed))
@@ -230,7 +230,7 @@ def language_weights(config: DataConfig, sets: Sequence[OpenedSet]) -> Mapping[s
         of_split = one.dataset.manifest.splits[one.split.name].languages
         if not of_split:
             raise UserError(
-                f"data.language_temperature: {one.dataset.path} does not say how many captions it "
+                f"data.language_temperature: {one.dataset.place} does not say how many captions it "
                 "has in each language; take it in by `carillon ingest`, or give language_weights"
             )
         for language, num in of_split.items():

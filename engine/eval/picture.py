@@ -67,12 +67,13 @@ def picture_grid(
         texts += [found.caption for found in row.found]
         top += height
     width = LEFT + columns * (TILE + GAP) + GAP
-    png = _render("".join(parts), width, top + GAP, choose_fonts(texts, font_folders).files)
+    png = render_svg("".join(parts), width, top + GAP, choose_fonts(texts, font_folders).files)
     publish_file(Path(path), png, parents=True)
     return Path(path)
 
 
-def _render(body: str, width: int, height: int, font_files: Sequence[str]) -> bytes:
+def render_svg(body: str, width: int, height: int, font_files: Sequence[str]) -> bytes:
+    """The PNG of an SVG's body on white, drawn with these fonts alone."""
     from resvg_py import svg_to_bytes
 
     svg = (

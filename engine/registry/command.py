@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
@@ -19,11 +20,13 @@ from carillon.engine.registry.tables import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from carillon.engine.registry.lineage import ReadSet
+
 DEFAULT_REGISTRY = "runs/registry.sqlite"
 
 EXAMPLES = """examples:
   carillon runs                                   all runs, the newest first
-  carillon runs show flickr8k-3f9a1c              one run: its checkpoints and evaluations
+  carillon runs show flickr8k-3f9a1c              one run: its data, checkpoints, evaluations
   carillon runs lineage runs/flickr8k-3f9a1c/checkpoints/step-00001000
   carillon runs lineage 3f9a1c0b                  from a checkpoint's hash back to its shards
   carillon runs list --registry postgresql+psycopg://user@host/carillon
@@ -76,7 +79,9 @@ def list_runs(registry: Registry) -> None:
 
 
 def show(registry: Registry, name: str) -> None:
-    """Prints the newest run whose name begins with `name`: figures, checkpoints, evaluations."""
+    """Prints the newest run whose name begins with `name`: data, checkpoints, evaluations."""
+    from carillon.engine.registry.lineage import sets_of
+
     with registry.reading() as session:
         run = session.scalar(
             select(TrainingRunRow)
@@ -98,14 +103,8 @@ def show(registry: Registry, name: str) -> None:
         ).all()
         tables = [
             _pairs(f"run {run.name}", _run_details(run)),
-            _table(
-                "checkpoints",
-                ("step", "hash", "metrics", "folder"),
-                [
-                    (r.step, r.content_hash[:12], _metrics(r.val_metrics), r.uri)
-                    for r in checkpoints
-                ],
-            ),
+            _read_sets(sets_of(session, run.id)),
+            _checkpoints(checkpoints),
             _table(
                 "evaluations",
                 ("step", "suite", "metrics"),
@@ -132,18 +131,50 @@ def show_lineage(registry: Registry, checkpoint: str) -> None:
         ),
         _pairs(f"run {found.run.name}", _run_details(found.run)),
     ]
-    if found.dataset is not None:
-        details = {"fingerprint": found.dataset.fingerprint, "folder": found.dataset.source_uri}
-        tables.append(_pairs(f"data set {found.dataset.name}", details))
-        rows = [(s.split, s.file, s.num_samples, s.sha256) for s in found.shards]
-        tables.append(_table("shards", ("split", "file", "samples", "sha256"), rows))
-    if found.ancestors:
-        made = [
-            (one.steps, one.relation, one.dataset.name, one.dataset.fingerprint)
-            for one in found.ancestors
-        ]
-        tables.append(_table("made from", ("steps", "by", "data set", "fingerprint"), made))
+    for one in found.datasets:
+        tables += _dataset_tables(one)
     _print(*tables)
+
+
+def _read_sets(sets: Iterable["ReadSet"]) -> "Table":
+    rows = [
+        (
+            one.link.name or "-",
+            one.dataset.name,
+            one.link.split or "-",
+            one.link.from_position,
+            one.dataset.fingerprint[:12],
+        )
+        for one in sets
+    ]
+    return _table("data sets", ("name", "data set", "split", "from", "fingerprint"), rows)
+
+
+def _checkpoints(checkpoints: Iterable[CheckpointRow]) -> "Table":
+    rows = [(r.step, r.content_hash[:12], _metrics(r.val_metrics), r.uri) for r in checkpoints]
+    return _table("checkpoints", ("step", "hash", "metrics", "folder"), rows)
+
+
+def _dataset_tables(one: "ReadSet") -> list["Table"]:
+    row = one.dataset
+    details = {
+        "fingerprint": row.fingerprint,
+        "folder": row.source_uri,
+        "split": one.link.split or "not recorded",
+    }
+    if one.link.name:
+        details |= {"in the mixture": one.link.name, "from position": f"{one.link.from_position:,}"}
+    if row.superseded_at is not None:
+        details["superseded"] = f"{row.superseded_at:%Y-%m-%d %H:%M} UTC"
+    shards = [(s.split, s.file, s.num_samples, s.sha256) for s in one.shards]
+    tables = [
+        _pairs(f"data set {row.name}", details),
+        _table("shards", ("split", "file", "samples", "sha256"), shards),
+    ]
+    if one.ancestors:
+        made = [(a.steps, a.relation, a.dataset.name, a.dataset.fingerprint) for a in one.ancestors]
+        tables.append(_table("made from", ("steps", "by", "data set", "fingerprint"), made))
+    return tables
 
 
 def add_registry(parser: argparse.ArgumentParser, default: str = DEFAULT_REGISTRY) -> None:
@@ -154,6 +185,17 @@ def add_registry(parser: argparse.ArgumentParser, default: str = DEFAULT_REGISTR
         metavar="LOCATION",
         help=f"a SQLite file or postgresql+psycopg://... (default {DEFAULT_REGISTRY})",
     )
+
+
+def open_registry(location: str) -> Registry:
+    """Opens the registry that a command writes to; the folder of the default one is made.
+
+    Raises:
+        RegistryError: see database.open_database.
+    """
+    if location == DEFAULT_REGISTRY:
+        Path(location).parent.mkdir(exist_ok=True)
+    return Registry.open(location)
 
 
 def _summary(row: TrainingRunRow) -> tuple[object, ...]:

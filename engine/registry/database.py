@@ -21,7 +21,7 @@ from carillon.engine.config import UserError
 from carillon.engine.registry.tables import VERSION_TABLE, Base
 
 LOCK_TIMEOUT_S = 10.0
-NEWEST_REVISION = "0002"
+NEWEST_REVISION = "0003"
 _MIGRATION_LOCK = 0x6361726C  # any number that no other program on the server locks by
 
 
@@ -117,12 +117,7 @@ def _migrate(engine: Engine, url: URL) -> None:
     with reading(engine) as connection:
         if _revision(connection) == NEWEST_REVISION:
             return
-    if url.drivername == "sqlite":
-        with engine.connect() as connection:  # outside a transaction; the file remembers it
-            driver = connection.connection.driver_connection
-            assert isinstance(driver, sqlite3.Connection)
-            driver.execute("PRAGMA journal_mode = WAL")
-    with engine.begin() as connection:
+    with engine.connect() as connection, _prepared(connection, url).begin():
         if url.drivername != "sqlite":
             connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
         revision = _revision(connection)
@@ -132,6 +127,25 @@ def _migrate(engine: Engine, url: URL) -> None:
 
         _check_ours(connection, url, revision, known_revisions())
         upgrade(connection)
+        if url.drivername == "sqlite":
+            broken = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
+            if broken:
+                raise RegistryError(
+                    f"{describe(url)} has rows that point at none ({broken[0][0]}), so it was not "
+                    "changed: restore a copy, or move it away to start a new one"
+                )
+
+
+def _prepared(connection: Connection, url: URL) -> Connection:
+    """What SQLite sets outside of a transaction only: the log, which the file remembers, and no
+    foreign keys on this connection, or a table that is made anew takes the rows that point at it
+    along."""
+    if url.drivername == "sqlite":
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, sqlite3.Connection)
+        driver.execute("PRAGMA journal_mode = WAL")
+        driver.execute("PRAGMA foreign_keys = OFF")
+    return connection
 
 
 def _revision(connection: Connection) -> str | None:

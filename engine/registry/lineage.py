@@ -1,11 +1,11 @@
 """From a checkpoint back to the bytes it was trained on, by content hashes.
 
-checkpoint -> run (config hash, git commit) -> data set (fingerprint) -> shards (SHA-256), and the
-data sets that this one was made from.
+checkpoint -> run (config hash, git commit) -> data sets (fingerprint) -> shards (SHA-256), and the
+data sets that each was made from.
 Reads only. Left out: checking the hashes against the files, which opening them does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from carillon.engine.registry.tables import (
     DatasetLinkRow,
     DatasetRow,
     EvaluationRow,
+    RunDatasetRow,
     TrainingRunRow,
 )
 
@@ -37,12 +38,26 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ancestor:
-    """A data set that another was made from, in so many steps."""
+class Relative:
+    """A data set that another was made from, or that was made from it, in so many steps."""
 
     steps: int
     relation: str
     dataset: DatasetRow
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadSet:
+    """A data set that a run reads, and those that it was made from, nearest first."""
+
+    link: RunDatasetRow
+    dataset: DatasetRow
+    ancestors: Sequence[Relative]
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        return shards_of(self.dataset.details)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +67,7 @@ class Lineage:
     checkpoint: CheckpointRow
     evaluations: Sequence[EvaluationRow]
     run: TrainingRunRow
-    dataset: DatasetRow | None
-    shards: Sequence[Shard]
-    ancestors: Sequence[Ancestor] = ()
+    datasets: Sequence[ReadSet]
 
 
 def trace(registry: Registry, checkpoint: str) -> Lineage:
@@ -77,42 +90,62 @@ def trace(registry: Registry, checkpoint: str) -> Lineage:
             raise RegistryError(f"several checkpoints begin with '{checkpoint}': give more digits")
         row = found[-1]
         run = session.get_one(TrainingRunRow, row.training_run_id)
-        dataset = session.get(DatasetRow, run.dataset_id) if run.dataset_id else None
+        datasets = sets_of(session, run.id)
         evaluations = session.scalars(
             select(EvaluationRow)
             .where(EvaluationRow.checkpoint_id == row.id)
             .order_by(EvaluationRow.suite_name)
         ).all()
-        ancestors = ancestors_of(session, dataset.id) if dataset else ()
         session.expunge_all()
-    return Lineage(
-        checkpoint=row,
-        evaluations=evaluations,
-        run=run,
-        dataset=dataset,
-        shards=shards_of(dataset.details) if dataset else (),
-        ancestors=ancestors,
-    )
+    return Lineage(checkpoint=row, evaluations=evaluations, run=run, datasets=datasets)
 
 
-def ancestors_of(session: Session, dataset_id: int) -> Sequence[Ancestor]:
+def sets_of(session: Session, run_id: int) -> list[ReadSet]:
+    """The data sets that a run reads, in the order of its mixture."""
+    found = session.execute(
+        select(RunDatasetRow, DatasetRow)
+        .join(DatasetRow, RunDatasetRow.dataset_id == DatasetRow.id)
+        .where(RunDatasetRow.training_run_id == run_id)
+        .order_by(RunDatasetRow.id)
+    ).all()
+    return [
+        ReadSet(link=link, dataset=row, ancestors=ancestors_of(session, row.id))
+        for link, row in found
+    ]
+
+
+def ancestors_of(session: Session, dataset_id: int) -> list[Relative]:
     """The data sets that one was made from, and those from which these were, nearest first."""
-    found: list[Ancestor] = []
-    seen, current = {dataset_id}, [dataset_id]
+    return _relatives(session, dataset_id, upwards=True)
+
+
+def descendants_of(session: Session, dataset_id: int) -> list[Relative]:
+    """The data sets that were made from one, and from these, nearest first."""
+    return _relatives(session, dataset_id, upwards=False)
+
+
+def _relatives(session: Session, dataset_id: int, *, upwards: bool) -> list[Relative]:
+    found: list[Relative] = []
+    here, there = DatasetLinkRow.dataset_id, DatasetLinkRow.parent_id
+    if not upwards:
+        here, there = there, here
+    seen, current, steps = {dataset_id}, [dataset_id], 0
     while current:
-        links = session.scalars(
-            select(DatasetLinkRow)
-            .where(DatasetLinkRow.dataset_id.in_(current))
+        links = session.execute(
+            select(DatasetLinkRow, DatasetRow)
+            .join(DatasetRow, DatasetRow.id == there)
+            .where(here.in_(current))
             .order_by(DatasetLinkRow.id)
         ).all()
-        steps = found[-1].steps + 1 if found else 1
-        current = []
-        for link in links:
-            if link.parent_id not in seen:
-                seen.add(link.parent_id)
-                current.append(link.parent_id)
-                parent = session.get_one(DatasetRow, link.parent_id)
-                found.append(Ancestor(steps=steps, relation=link.relation, dataset=parent))
+        steps, current = steps + 1, []
+        for link, row in links:
+            if row.id not in seen:
+                seen.add(row.id)
+                current.append(row.id)
+                relative = Relative(
+                    steps=steps, relation=link.relation, dataset=row, details=link.details
+                )
+                found.append(relative)
     return found
 
 

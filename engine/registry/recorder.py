@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from carillon.engine.data.shards import Dataset
+from carillon.engine.data.config import JoinConfig
+from carillon.engine.data.training_data import OpenedSet
 from carillon.engine.registry.database import RegistryError
-from carillon.engine.registry.store import Registry
+from carillon.engine.registry.datasets import superseded
+from carillon.engine.registry.store import Registry, RunDataset
 
 logger = logging.getLogger("carillon")
 
@@ -40,7 +42,7 @@ class RunRecorder:
         cls,
         location: str | Path,
         *,
-        datasets: Sequence[Dataset],
+        sets: Sequence[OpenedSet],
         name: str,
         config_hash: str,
         params: Mapping[str, Any],
@@ -54,14 +56,22 @@ class RunRecorder:
             RegistryError: the registry cannot be opened or written.
         """
         registry = Registry.open(location)
-        for dataset in datasets:
-            registry.record_dataset(dataset)
+        for one in sets:
+            registry.record_dataset(one.dataset)
+        for row in superseded(registry, [one.dataset.fingerprint for one in sets]):
+            logger.warning(
+                "the data set %s (%s) is superseded: items were erased from it; "
+                "`carillon data lineage %s` names the version to train on",
+                row.name,
+                row.source_uri,
+                row.fingerprint[:12],
+            )
         run_id = registry.start_run(
             name,
             config_hash=config_hash,
             params=params,
             artifacts_uri=artifacts_uri,
-            dataset_fingerprint=datasets[0].fingerprint,
+            datasets=[_read_by_run(one) for one in sets],
             git_commit=git_commit,
             fresh=fresh,
         )
@@ -110,3 +120,8 @@ class RunRecorder:
                     )
                     return
                 self._pending.pop(0)
+
+
+def _read_by_run(one: OpenedSet) -> RunDataset:
+    start = one.config.from_position if isinstance(one.config, JoinConfig) else 0
+    return RunDataset(one.dataset.fingerprint, one.name, one.split.name, start)

@@ -16,7 +16,7 @@ from sqlalchemy import func, insert, select
 from carillon.engine.data.items import media_sha256, modalities_of
 from carillon.engine.data.samples import SampleError
 from carillon.engine.data.shards import Dataset, Split, open_dataset
-from carillon.engine.registry.command import add_registry
+from carillon.engine.registry.command import add_registry, open_registry
 from carillon.engine.registry.store import Registry, storable
 from carillon.engine.registry.tables import DataItemRow, utc_now
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs `carillon data register`; raises RegistryError."""
     dataset = open_dataset(args.dataset)
-    registry = Registry.open(args.registry)
+    registry = open_registry(args.registry)
     registry.record_dataset(dataset)
     print(f"{dataset.name}: registered, fingerprint {dataset.fingerprint[:12]}")
     if args.items:

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, delete, select
 from sqlalchemy.orm import Session
 
 from carillon.engine.data.manifest import VERSION
@@ -30,9 +30,19 @@ from carillon.engine.registry.tables import (
     DatasetLinkRow,
     DatasetRow,
     EvaluationRow,
+    RunDatasetRow,
     TrainingRunRow,
     utc_now,
 )
+
+
+class RunDataset(NamedTuple):
+    """A data set that a run reads, by its fingerprint; `name` is that in the mixture, if any."""
+
+    fingerprint: str
+    name: str = ""
+    split: str | None = None
+    from_position: int = 0
 
 
 class Registry:
@@ -70,7 +80,10 @@ class Registry:
             yield session
 
     def record_dataset(self, dataset: Dataset, *, modality: str = "image-text") -> int:
-        """Makes sure of the data set's row, found by its fingerprint; returns its id."""
+        """Makes sure of the data set's row, found by its fingerprint; returns its id.
+
+        Where the manifest names sets that it was made from, and these have rows, they are linked.
+        """
         manifest = dataset.manifest
         splits = {name: asdict(split) for name, split in manifest.splits.items()}
         with self.writing() as session:
@@ -84,6 +97,7 @@ class Registry:
             row.source_uri = str(Path(dataset.path).absolute())
             row.details = storable({"splits": splits, "source": dict(manifest.source)})
             session.flush()
+            _link_parents(session, row.id, manifest.source)
             return row.id
 
     def record_derived(
@@ -117,7 +131,7 @@ class Registry:
         config_hash: str,
         params: Mapping[str, Any],
         artifacts_uri: str | Path,
-        dataset_fingerprint: str | None = None,
+        datasets: Sequence[RunDataset] = (),
         git_commit: str | None = None,
         logs_uri: str | None = None,
         fresh: bool = False,
@@ -128,11 +142,11 @@ class Registry:
         another config, that row becomes superseded and a new one begins.
 
         Raises:
-            RegistryError: no data set has this fingerprint: record_dataset comes first.
+            RegistryError: no data set has such a fingerprint: record_dataset comes first.
         """
         folder = str(Path(artifacts_uri).absolute())
         with self.writing() as session:
-            dataset_id = _dataset_id(session, dataset_fingerprint)
+            dataset_ids = [_dataset_id(session, one.fingerprint) for one in datasets]
             row = session.scalar(
                 select(TrainingRunRow)
                 .where(TrainingRunRow.artifacts_uri == folder)
@@ -146,9 +160,10 @@ class Registry:
                 row = TrainingRunRow(artifacts_uri=folder, config_hash=config_hash)
                 session.add(row)
             row.name, row.params, row.logs_uri = name, storable(params), logs_uri
-            row.dataset_id, row.git_commit = dataset_id, git_commit
+            row.git_commit = git_commit
             row.status, row.end_time = "running", None
             session.flush()
+            _link(session, row.id, datasets, dataset_ids)
             return row.id
 
     def update_run(self, run_id: int, step: int, metrics: Mapping[str, Any]) -> None:
@@ -250,9 +265,45 @@ def storable(value: Any) -> Any:
     return str(value)
 
 
-def _dataset_id(session: Session, fingerprint: str | None) -> int | None:
-    if fingerprint is None:
-        return None
+def _link_parents(session: Session, dataset_id: int, source: Mapping[str, Any]) -> None:
+    """Links that are missing, as after a kill between a set and its rows."""
+    parents = source.get("parents")
+    named = [
+        one.get("fingerprint")
+        for one in (parents if isinstance(parents, list) else ())
+        if isinstance(one, Mapping)
+    ]
+    known = select(DatasetRow.id).where(
+        DatasetRow.fingerprint.in_([one for one in named if isinstance(one, str)]),
+        DatasetRow.id != dataset_id,
+        DatasetRow.id.not_in(
+            select(DatasetLinkRow.parent_id).where(DatasetLinkRow.dataset_id == dataset_id)
+        ),
+    )
+    for parent_id in session.scalars(known).all():
+        row = DatasetLinkRow(dataset_id=dataset_id, parent_id=parent_id)
+        row.relation, row.details = str(source.get("kind", "made from")), {}
+        session.add(row)
+
+
+def _link(
+    session: Session, run_id: int, datasets: Sequence[RunDataset], dataset_ids: Sequence[int]
+) -> None:
+    """The run's data sets; those of an earlier start of the same run are replaced."""
+    session.execute(delete(RunDatasetRow).where(RunDatasetRow.training_run_id == run_id))
+    for one, dataset_id in zip(datasets, dataset_ids, strict=True):
+        session.add(
+            RunDatasetRow(
+                training_run_id=run_id,
+                dataset_id=dataset_id,
+                name=one.name,
+                split=one.split,
+                from_position=one.from_position,
+            )
+        )
+
+
+def _dataset_id(session: Session, fingerprint: str) -> int:
     found = session.scalar(select(DatasetRow.id).where(DatasetRow.fingerprint == fingerprint))
     if found is None:
         raise RegistryError(f"no data set {fingerprint[:12]} is registered: record it first")

@@ -85,6 +85,8 @@ class DatasetRow(Base):
     name: Mapped[str] = mapped_column(index=True)
     modality: Mapped[str]
     version: Mapped[str]
+    # Set when items were erased from it: it is not to be used any more, the links say what is.
+    superseded_at: Mapped[datetime | None]
     source_uri: Mapped[str]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     details: Mapped[dict[str, Any]] = mapped_column("metadata", Json)  # the name is SQLAlchemy's
@@ -147,10 +149,27 @@ class TrainingRunRow(Base):
     artifacts_uri: Mapped[str]
     logs_uri: Mapped[str | None]
     name: Mapped[str] = mapped_column(index=True)
-    dataset_id: Mapped[int | None] = mapped_column(ForeignKey("datasets.id"))
     git_commit: Mapped[str | None]
     step: Mapped[int] = mapped_column(BigInteger(), default=0)
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)
+
+
+class RunDatasetRow(Base):
+    """A data set that a run reads; `name` is that in its mixture, empty where it reads one alone.
+
+    `from_position` is the global position at which the set joined. `split` is null where the run
+    was recorded before there were mixtures.
+    """
+
+    __tablename__ = "run_datasets"
+    __table_args__ = (UniqueConstraint("training_run_id", "name"),)
+
+    id: Mapped[int] = mapped_column(Identity, primary_key=True)
+    training_run_id: Mapped[int] = mapped_column(ForeignKey("training_runs.id", ondelete="CASCADE"))
+    dataset_id: Mapped[int] = mapped_column(ForeignKey("datasets.id"), index=True)
+    name: Mapped[str]
+    split: Mapped[str | None]
+    from_position: Mapped[int] = mapped_column(BigInteger(), default=0)
 
 
 class CheckpointRow(Base):

@@ -165,7 +165,7 @@ def _train_in(
     def start_record() -> RunRecorder:
         return RunRecorder.start(
             config.logging.registry or path.parent / "registry.sqlite",
-            datasets=[one.dataset for one in data.sets],
+            sets=data.sets,
             name=path.name,
             config_hash=config_hash(config),
             params=to_values(config),

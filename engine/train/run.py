@@ -108,7 +108,7 @@ def describe_run(config: RunConfig, data: TrainingData, tokenizer: Tokenizer) ->
                 "name": one.dataset.name,
                 "split": one.split.name,
                 "fingerprint": one.dataset.fingerprint,
-                "path": str(one.dataset.path),
+                "path": one.dataset.place,
             }
             for one in data.sets
         ],

@@ -55,10 +55,6 @@ def expected_problems() -> list[str]:
     """What the sample asks for and this version, on this machine, does not have."""
     problems = [
         (
-            "data.shards: s3://mm-data/webdataset/{0000..1023}.tar is remote; object stores come "
-            "with the data plane. Copy the shards to a local folder and set data.shards=[FOLDER]"
-        ),
-        (
             "loss.itm.weight: 0.5 given; image-text matching comes with the fusion towers "
             "(encoder-decoder). Set loss.itm.weight=0 until then"
         ),

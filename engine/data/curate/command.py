@@ -17,7 +17,7 @@ from carillon.engine.data.curate.pipeline import load_pipeline, pipeline_hash
 from carillon.engine.data.curate.run import CurateOptions, curate
 from carillon.engine.data.curate.write import Curated, lineage
 from carillon.engine.data.shards import Dataset
-from carillon.engine.registry.command import DEFAULT_REGISTRY, add_registry
+from carillon.engine.registry.command import add_registry, open_registry
 from carillon.engine.registry.store import Registry
 
 EXAMPLES = """examples:
@@ -66,7 +66,8 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--worker-memory-gb {args.worker_memory_gb:g}: it must be above 0")
     pipeline = load_pipeline(args.pipeline)
     options = _options(args)
-    registry = None if args.no_registry else _registry(args.registry)
+    # Opened before the work, so that a registry that cannot be used costs none of it.
+    registry = None if args.no_registry else open_registry(args.registry)
     with Progress(*Progress.get_default_columns(), transient=True) as bar:
         task = bar.add_task("scoring", total=None)
         dataset, curated = curate(
@@ -82,13 +83,6 @@ def main(args: argparse.Namespace) -> int:
     if registry is not None:
         register(registry, dataset, curated)
     return 0
-
-
-def _registry(location: str) -> Registry:
-    """Opened before the work, so that a registry that cannot be used costs none of it."""
-    if location == DEFAULT_REGISTRY:
-        Path(location).parent.mkdir(parents=True, exist_ok=True)
-    return Registry.open(location)
 
 
 def register(registry: Registry, dataset: Dataset, curated: Curated) -> None:

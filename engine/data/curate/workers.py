@@ -14,7 +14,7 @@ import os
 import resource
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -30,6 +30,7 @@ from carillon.engine.data.shards import open_dataset
 _POLL_S = 0.5
 _IDLE_ROW = -1.0
 _MAX_DEATHS_OUTSIDE = 2
+_MAX_DEATHS_AT_ROW = 2
 
 
 class Job(NamedTuple):
@@ -80,6 +81,7 @@ class Crew:
         self._job = job
         self._workers = [_Worker(job) for _ in range(workers)]
         self._deaths_outside = 0
+        self._deaths_at: Counter[tuple[int, int]] = Counter()  # by part and row
 
     def score(self, parts: Sequence[Part], *, done: Callable[[Part], None]) -> None:
         """Score parts; `done` is told of each. Raises UserError for a bad shard or disk."""
@@ -108,7 +110,7 @@ class Crew:
             worker.end()
 
     def _replace(self, worker: _Worker, waiting: deque[Part]) -> None:
-        """Quarantine the row at which a worker died, and let another go on."""
+        """Let another go on where a worker died, without the row if it is the row's fault."""
         worker.process.join()
         worker.connection.close()
         part, row, code = worker.part, worker.progress[0], worker.process.exitcode
@@ -118,11 +120,14 @@ class Crew:
             self._deaths_outside += 1
             if self._deaths_outside > _MAX_DEATHS_OUTSIDE:
                 raise UserError(f"workers end with code {code} before they read an item")
-        else:
-            reason = f"the process that read it ended with code {code}, so it is not read again"
-            if worker.was_late:
-                reason = "it took longer than item_timeout_s, so it is not read again"
+        elif worker.was_late:
+            reason = "it took longer than item_timeout_s, so it is not read again"
             skip_row(self._job.folder, part, int(row), reason)
+        else:
+            self._deaths_at[part.number, int(row)] += 1
+            if self._deaths_at[part.number, int(row)] >= _MAX_DEATHS_AT_ROW:
+                reason = f"two processes that read it ended, the last with code {code}"
+                skip_row(self._job.folder, part, int(row), reason)
         self._workers[self._workers.index(worker)] = _Worker(self._job)
 
 

@@ -8,11 +8,11 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
 
-def upgrade(connection: Connection) -> None:
-    """Brings the schema to the newest revision."""
+def upgrade(connection: Connection, revision: str = "head") -> None:
+    """Brings the schema to a revision, the newest by default."""
     config = _config()
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    command.upgrade(config, revision)
 
 
 def known_revisions() -> frozenset[str]:

@@ -13,10 +13,13 @@ import pytest
 from PIL import Image
 
 from carillon.engine.config import UserError
-from carillon.engine.data import ingest as command
+from carillon.engine.data import ingest_command as command
 from carillon.engine.data.decode.image import decode_image
-from carillon.engine.data.ingest import IngestOptions, ingest, split_of
-from carillon.engine.data.ingest_sources import Columns
+from carillon.engine.data.ingest import ingest, split_of
+from carillon.engine.data.ingest_items import Columns
+from carillon.engine.data.ingest_loading import FetchOptions
+from carillon.engine.data.ingest_options import IngestOptions
+from carillon.engine.data.ingest_order import Pace
 from carillon.engine.data.shards import Dataset, RawSample, open_dataset
 
 
@@ -214,7 +217,7 @@ def test_hostile_items_are_listed_with_their_reason(tmp_path: Path, workers: int
         "long.png": "1,000,000 characters",
         "bytes.png": "decode",
         "link.png": "--allow-outside",
-        "fifo.png": "no such picture file",
+        "fifo.png": "no such media file",
     }
     for image, part in expected.items():
         assert part in reasons[image]
@@ -268,15 +271,13 @@ def test_bad_rows_cost_only_themselves(tmp_path: Path) -> None:
 
 def test_a_remote_picture_costs_its_row(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
-    rows = [["image", "caption"], ["https://x.org/b.jpg", "far"], ["a.png", "near"]]
+    rows = [["image", "caption"], ["http://127.0.0.1/b.jpg", "far"], ["a.png", "near"]]
     given = [str(table(tmp_path / "p.csv", rows))]
     dataset, _ = ingest(given, tmp_path / "set", options=LENIENT)
     assert [sample.meta["captions"] for sample in samples(dataset)] == [{"und": ["near"]}]
-    assert list(rejected(dataset)) == ["https://x.org/b.jpg"]
-    assert (
-        "pictures behind URLs come with the data plane" in rejected(dataset)["https://x.org/b.jpg"]
-    )
-    with pytest.raises(UserError, match=r"1 of 2 items are bad.* come with the data plane \(1\)"):
+    assert list(rejected(dataset)) == ["http://127.0.0.1/b.jpg"]
+    assert "is not on the public internet" in rejected(dataset)["http://127.0.0.1/b.jpg"]
+    with pytest.raises(UserError, match=r"1 of 2 items are bad.* the public internet \(1\)"):
         ingest(given, tmp_path / "strict")
 
 
@@ -295,7 +296,12 @@ def test_columns_that_are_not_used_do_no_harm(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
     dataset, _ = ingest([str(path)], tmp_path / "set")
     meta = samples(dataset)[0].meta
-    assert meta == {"captions": {"und": ["near"]}, "meta.score": 0.5, "source": "p.parquet/a.png"}
+    assert meta == {
+        "captions": {"und": ["near"]},
+        "media": {"png": {"width": 12, "height": 8}},
+        "meta.score": 0.5,
+        "source": "p.parquet/a.png",
+    }
 
 
 def test_a_value_that_cannot_be_read_costs_its_row(tmp_path: Path) -> None:
@@ -381,8 +387,12 @@ def test_sources_that_cannot_be_used(
 def test_missing_and_remote_sources_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         ingest([str(tmp_path / "no.csv")], tmp_path / "set")
-    with pytest.raises(UserError, match="come with the data plane"):
-        ingest(["s3://bucket/pairs.csv"], tmp_path / "set")
+    with pytest.raises(UserError, match=r"of a web server a \.tar or a table"):
+        ingest(["https://example.org/pairs"], tmp_path / "set")
+    with pytest.raises(UserError, match="ftp:// cannot be read"):
+        ingest(["ftp://host/pairs.csv"], tmp_path / "set")
+    with pytest.raises(UserError, match="is compressed; unpack it first"):
+        ingest([str(tmp_path / "x.tar.gz")], tmp_path / "set")
 
 
 @pytest.mark.parametrize(
@@ -391,7 +401,9 @@ def test_missing_and_remote_sources_say_what_to_do(tmp_path: Path) -> None:
         ({"validation_share": 1.5}, "--validation-share 1.5 is out of range"),
         ({"max_bad_share": -0.1}, "--max-bad-share -0.1 is out of range"),
         ({"max_size": 0}, "at least one pixel"),
-        ({"workers": 0}, "at least one process"),
+        ({"pace": Pace(per_host=0)}, "--per-host 0 is out of range"),
+        ({"fetch": FetchOptions(allow_hosts=("a b",))}, "--allow-host: 'a b' is no host"),
+        ({"fetch": FetchOptions(user_agent="a\r\nb")}, "must be printable ASCII"),
     ],
 )
 def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -420,7 +432,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = tmp_path / "set"
     arguments = parser.parse_args([given, "--out", str(out), "--workers", "1", *options])
     assert command.main(arguments) == 0
-    assert "train              1 pictures; captions: de 1" in capsys.readouterr().out
+    assert "train              1 items: image 1, text 1; texts: de 1" in capsys.readouterr().out
     dataset = open_dataset(out)
     assert dataset.name == "dogs"
     assert samples(dataset)[0].meta["licence"] == "CC0-1.0"
@@ -439,6 +451,16 @@ def test_a_set_is_never_written_over_its_source(tmp_path: Path, out: str, relati
     with pytest.raises(UserError, match=f"{relation} the source .* Nothing was removed"):
         ingest([str(tmp_path / "photos")], tmp_path / out, options=IngestOptions(overwrite=True))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_in_the_place_of_unfinished_work_is_left_alone(tmp_path: Path) -> None:
+    picture(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "a.txt").write_text("a dog")
+    (tmp_path / ".set.ingest").mkdir()
+    (tmp_path / ".set.ingest" / "mine").write_text("kept")
+    with pytest.raises(UserError, match=r"holds something else.* Nothing was removed"):
+        ingest([str(tmp_path / "photos")], tmp_path / "set")
+    assert (tmp_path / ".set.ingest" / "mine").read_text() == "kept"
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def write_set(path: Path, num: int = 37, bad: set[int] = frozenset()) -> Path:  
     return path
 
 
-def samples(path: Path, same_field: str | None = None, **changes: Any) -> PositionedSamples:
+def samples(path: str | Path, same_field: str | None = None, **changes: Any) -> PositionedSamples:
     values = {"path": str(path), "batch_size": 8, "num_workers": 0, **changes}
     config = build(DataConfig, values)
     return PositionedSamples(
@@ -68,6 +68,17 @@ def test_batches_are_the_same_at_any_world_size_and_worker_count(tmp_path: Path)
             assert [key for share in shares for key in share.keys] == batch.keys
             assert torch.equal(torch.cat([share.images for share in shares]), batch.images)
             assert torch.equal(torch.cat([share.lengths for share in shares]), batch.lengths)
+
+
+def test_a_set_in_an_object_store_gives_the_same_batches(s3: Any, tmp_path: Path) -> None:
+    """With workers, which are forked from a process that has read from the store."""
+    path = write_set(tmp_path / "set")
+    for file in path.iterdir():
+        s3.put_object(Bucket="bucket", Key=f"sets/{file.name}", Body=file.read_bytes())
+    there = samples("s3://bucket/sets", num_workers=2)
+    for one, other in zip(batches(samples(path), 7), batches(there, 7), strict=True):
+        assert one.keys == other.keys
+        assert torch.equal(one.images, other.images)
 
 
 def test_every_sample_comes_once_an_epoch(tmp_path: Path) -> None:
@@ -273,7 +284,6 @@ def test_pairs_of_one_field_have_one_id_on_every_process(tmp_path: Path) -> None
     [
         ({}, "path: give either path or shards"),
         ({"path": "x", "shards": ["y"]}, "path: give either path or shards"),
-        ({"path": "s3://bucket/x"}, "comes? with the data plane"),
         ({"path": "x", "validation_every": 1}, "would hold out every row"),
         ({"path": "x", "language_weights": {"en": -1}}, "0 or more is allowed"),
         (

@@ -33,7 +33,7 @@ from carillon.engine.eval.suite import (
     evaluate_run,
 )
 from carillon.engine.index.encoder import Encoder, run_encoder
-from carillon.engine.registry.store import Registry
+from carillon.engine.registry.store import Registry, RunDataset
 from carillon.engine.registry.tables import EvaluationRow
 from carillon.engine.train.run import LoadedRun
 
@@ -269,7 +269,7 @@ def test_results_enter_the_registry_of_the_run(
         config_hash="c",
         params={},
         artifacts_uri=run.path,
-        dataset_fingerprint=dataset.fingerprint,
+        datasets=[RunDataset(dataset.fingerprint)],
     )
     checkpoint = run.path / "checkpoints" / "step-00000150"
     registry.add_checkpoint(run_id, 150, uri=checkpoint, content_hash=run.checkpoint_hash)

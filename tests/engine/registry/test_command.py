@@ -6,7 +6,7 @@ import pytest
 
 from carillon.engine.cli import main
 from carillon.engine.data.shards import Dataset
-from carillon.engine.registry.store import Registry
+from carillon.engine.registry.store import Registry, RunDataset
 
 HASH = "ab12cd34" * 8
 
@@ -19,7 +19,7 @@ def trained(registry: Registry, dataset: Dataset, tmp_path: Path) -> Registry:
         config_hash="0123456789abcdef",
         params={},
         artifacts_uri=tmp_path / "emoji-3f9a",
-        dataset_fingerprint=dataset.fingerprint,
+        datasets=[RunDataset(dataset.fingerprint, split="train")],
         git_commit="f00dbeef" * 5,
     )
     registry.add_checkpoint(run, 70, uri="/c", content_hash=HASH, val_metrics={"R@1": 0.25})
@@ -47,11 +47,12 @@ def test_list_has_a_line_per_run(
 
 
 @pytest.mark.usefixtures("trained")
-def test_show_has_checkpoints_and_evaluations(
-    location: Path, capsys: pytest.CaptureFixture[str]
+def test_show_has_data_sets_checkpoints_and_evaluations(
+    location: Path, capsys: pytest.CaptureFixture[str], dataset: Dataset
 ) -> None:
     text = output(location, capsys, "show", "emoji")
     assert "ab12cd34ab12" in text
+    assert dataset.fingerprint[:12] in text
     assert "R@1 0.25" in text
     assert "retrieval[small]" in text  # not read as markup
     assert "MRR 0.125" in text

@@ -12,8 +12,9 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
-from sqlalchemy import event
+from sqlalchemy import create_engine, event, select
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from carillon.engine.config import UserError
@@ -24,10 +25,19 @@ from carillon.engine.registry.database import (
     parse_location,
     reading,
 )
-from carillon.engine.registry.migrations.upgrade import known_revisions
-from carillon.engine.registry.migrations.versions import dataset_links, first_tables
+from carillon.engine.registry.migrations.upgrade import known_revisions, upgrade
+from carillon.engine.registry.migrations.versions import dataset_links, first_tables, run_datasets
 from carillon.engine.registry.store import Registry
-from carillon.engine.registry.tables import VERSION_TABLE, Base, TrainingRunRow
+from carillon.engine.registry.tables import (
+    VERSION_TABLE,
+    Base,
+    CheckpointRow,
+    DataItemRow,
+    DatasetLinkRow,
+    EvaluationRow,
+    RunDatasetRow,
+    TrainingRunRow,
+)
 
 # prd.md's tables and columns, by which other programs may read the database.
 COLUMNS = {
@@ -72,18 +82,21 @@ def test_sqlite_keeps_a_write_ahead_log_and_enforces_keys_and_statuses(location:
             assert connection.exec_driver_sql(f"PRAGMA {pragma}").scalar() == value
     registry = Registry(engine)
     with pytest.raises(RegistryError, match="FOREIGN KEY"):
-        _insert_run(registry, dataset_id=77, status="running")
+        _insert_link(registry, dataset_id=77)
     with pytest.raises(RegistryError, match="ck_training_runs_status"):
-        _insert_run(registry, dataset_id=None, status="sleeping")
+        _insert_run(registry, status="sleeping")
 
 
-def _insert_run(
-    registry: Registry, *, dataset_id: int | None, status: str, params: dict[str, Any] | None = None
-) -> None:
+def _insert_run(registry: Registry, *, status: str, params: dict[str, Any] | None = None) -> None:
     with registry.writing() as session:
         row = TrainingRunRow(config_hash="c", params=params or {}, artifacts_uri="/r", name="r")
-        row.dataset_id, row.status = dataset_id, status
+        row.status = status
         session.add(row)
+
+
+def _insert_link(registry: Registry, *, dataset_id: int) -> None:
+    with registry.writing() as session:
+        session.add(DatasetLinkRow(dataset_id=dataset_id, parent_id=1, relation="", details={}))
 
 
 def test_postgresql_ddl_of_migration_and_model_agree() -> None:
@@ -95,7 +108,21 @@ def test_postgresql_ddl_of_migration_and_model_agree() -> None:
     with Operations.context(context):
         first_tables.upgrade()
         dataset_links.upgrade()
+        run_datasets.upgrade()
     migrated = _lines(buffer.getvalue())
+    statements = {line for line in migrated if line.startswith(("ALTER", "INSERT"))}
+    column = "superseded_at TIMESTAMP WITH TIME ZONE"
+    assert {
+        "ALTER TABLE training_runs DROP CONSTRAINT fk_training_runs_dataset_id",
+        "ALTER TABLE training_runs DROP COLUMN dataset_id",
+        f"ALTER TABLE datasets ADD COLUMN {column}",
+    } < statements
+    assert len(statements) == 4
+    dropped = {
+        "dataset_id BIGINT",
+        "CONSTRAINT fk_training_runs_dataset_id FOREIGN KEY(dataset_id) REFERENCES datasets (id)",
+    }
+    migrated = (migrated - statements - dropped) | {column}
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     modelled = set()
     for table in Base.metadata.sorted_tables:
@@ -106,6 +133,56 @@ def test_postgresql_ddl_of_migration_and_model_agree() -> None:
     assert "params JSONB NOT NULL" in migrated
     assert "start_time TIMESTAMP WITH TIME ZONE NOT NULL" in migrated
     assert any("WHERE status <> 'superseded'" in line for line in migrated)
+
+
+OLD_ROWS = """
+INSERT INTO datasets VALUES (3, NULL, 'd', 'image', '2', '/d', '2026-01-01', '{}', 'f');
+INSERT INTO data_items VALUES (1, 3, 'train/k', 'image', 'en', 's', NULL, NULL, '2026-01-01', '{}');
+INSERT INTO training_runs VALUES
+  (5, NULL, 'c', '{}', 'finished', '2026-01-01', NULL, '/r', NULL, 'r', 3, NULL, 9, '{}'),
+  (6, NULL, 'c', '{}', 'failed', '2026-01-01', NULL, '/s', NULL, 's', NULL, NULL, 1, '{}');
+INSERT INTO checkpoints VALUES (8, 5, 9, '{}', '/r/9', '2026-01-01', FALSE, 'h');
+INSERT INTO evaluations VALUES (9, 8, 'suite', '{}', '2026-01-01');
+"""
+
+
+def test_rows_of_the_first_schema_are_carried_over(location: Path) -> None:
+    """The run keeps its set; its table is made anew, and what points at it stays."""
+    upgrade_to(location, "0001")
+    connection = sqlite3.connect(location)
+    connection.executescript(OLD_ROWS)
+    connection.close()
+    registry = Registry.open(location)
+    with registry.reading() as session:
+        links = session.scalars(select(RunDatasetRow)).all()
+        assert [(x.training_run_id, x.dataset_id, x.name, x.split) for x in links] == [
+            (5, 3, "", None)
+        ]
+        assert session.get_one(TrainingRunRow, 5).step == 9
+        for table, id in ((DataItemRow, 1), (CheckpointRow, 8), (EvaluationRow, 9)):
+            assert session.get(table, id) is not None
+    with pytest.raises(RegistryError, match="ck_training_runs_status"):
+        _insert_run(registry, status="sleeping")
+    with pytest.raises(RegistryError, match="FOREIGN KEY"):
+        _insert_link(registry, dataset_id=77)
+
+
+def upgrade_to(location: Path, revision: str) -> None:
+    engine = create_engine(f"sqlite:///{location}", poolclass=NullPool)
+    with engine.begin() as connection:
+        upgrade(connection, revision)
+
+
+def test_rows_that_point_at_none_stop_the_migration(location: Path) -> None:
+    upgrade_to(location, "0001")
+    connection = sqlite3.connect(location)
+    connection.execute("INSERT INTO evaluations VALUES (1, 77, 'suite', '{}', '2026-01-01')")
+    connection.commit()
+    before = list(connection.iterdump())
+    with pytest.raises(RegistryError, match=r"rows that point at none \(evaluations\)"):
+        open_database(location)
+    assert list(connection.iterdump()) == before
+    connection.close()
 
 
 def _lines(ddl: str) -> set[str]:
@@ -176,7 +253,7 @@ def test_corrupt_pages(location: Path) -> None:
     content[4096:] = b"\xff" * (len(content) - 4096)
     location.write_bytes(content)
     with pytest.raises(RegistryError, match="is corrupt"):
-        _insert_run(registry, dataset_id=None, status="running")
+        _insert_run(registry, status="running")
 
 
 def test_locked_file_is_waited_for_and_then_named(location: Path) -> None:
@@ -185,17 +262,17 @@ def test_locked_file_is_waited_for_and_then_named(location: Path) -> None:
     other.execute("BEGIN IMMEDIATE")
     registry = Registry.open(location, lock_timeout_s=0.1)  # opening only reads
     with pytest.raises(RegistryError, match="is locked by another process"):
-        _insert_run(registry, dataset_id=None, status="running")
+        _insert_run(registry, status="running")
     other.execute("ROLLBACK")
     other.close()
-    _insert_run(registry, dataset_id=None, status="running")
+    _insert_run(registry, status="running")
 
 
 def test_read_only_database(location: Path) -> None:
     open_database(location)
     registry = Registry.open(f"sqlite:///file:{location}?mode=ro&uri=true")
     with pytest.raises(RegistryError, match="is read-only"):
-        _insert_run(registry, dataset_id=None, status="running")
+        _insert_run(registry, status="running")
 
 
 def test_folder_that_cannot_be_written() -> None:
@@ -213,9 +290,9 @@ def test_full_disk(location: Path) -> None:
 
     registry = Registry(engine)
     with pytest.raises(RegistryError, match="the disk is full"):
-        _insert_run(registry, dataset_id=None, status="running", params={"x": "y" * 100_000})
+        _insert_run(registry, status="running", params={"x": "y" * 100_000})
     engine = open_database(location)
-    _insert_run(Registry(engine), dataset_id=None, status="running")
+    _insert_run(Registry(engine), status="running")
 
 
 def test_newer_schema_is_refused(location: Path) -> None:

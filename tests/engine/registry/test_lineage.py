@@ -8,8 +8,8 @@ import pytest
 from carillon.engine.data.shard_writer import ShardWriter
 from carillon.engine.data.shards import Dataset, open_dataset
 from carillon.engine.registry.database import RegistryError
-from carillon.engine.registry.lineage import trace
-from carillon.engine.registry.store import Registry
+from carillon.engine.registry.lineage import ancestors_of, trace
+from carillon.engine.registry.store import Registry, RunDataset
 
 HASH = "ab12cd34" * 8
 
@@ -22,7 +22,7 @@ def trained(registry: Registry, dataset: Dataset, tmp_path: Path) -> Registry:
         config_hash="cfg",
         params={},
         artifacts_uri=tmp_path / "tiny",
-        dataset_fingerprint=dataset.fingerprint,
+        datasets=[RunDataset(dataset.fingerprint, split="train")],
         git_commit="f00d",
     )
     registry.add_checkpoint(run, 5, uri=tmp_path / "tiny" / "step-5", content_hash=HASH)
@@ -38,12 +38,12 @@ def test_hash_prefix_and_folder_lead_to_the_bytes(
         found = trace(trained, checkpoint)
         assert found.checkpoint.content_hash == HASH
         assert (found.run.config_hash, found.run.git_commit) == ("cfg", "f00d")
-        assert found.dataset is not None
-        assert found.dataset.fingerprint == dataset.fingerprint
+        (read,) = found.datasets
+        assert (read.dataset.fingerprint, read.link.split) == (dataset.fingerprint, "train")
         assert [row.suite_name for row in found.evaluations] == ["retrieval"]
-        assert {shard.split for shard in found.shards} == {"train", "held_out"}
-        for shard in found.shards:
-            content = (Path(found.dataset.source_uri) / shard.file).read_bytes()
+        assert {shard.split for shard in read.shards} == {"train", "held_out"}
+        for shard in read.shards:
+            content = (Path(read.dataset.source_uri) / shard.file).read_bytes()
             assert hashlib.sha256(content).hexdigest() == shard.sha256
 
 
@@ -60,11 +60,33 @@ def test_a_set_leads_to_those_that_it_was_made_from(
     for _ in range(2):
         trained.record_derived(middle, [raw], relation="ingest", details={})
         trained.record_derived(dataset, [middle], relation="curate", details={"pipeline": "p"})
-    found = trace(trained, HASH).ancestors
+    found = trace(trained, HASH).datasets[0].ancestors
     assert [(one.steps, one.relation, one.dataset.fingerprint) for one in found] == [
         (1, "curate", middle.fingerprint),
         (2, "ingest", raw.fingerprint),
     ]
+
+
+def test_a_set_entered_by_itself_is_linked_by_its_manifest(
+    trained: Registry, tmp_path: Path
+) -> None:
+    """As after a kill between a curated set and its rows; parents without a row are left out."""
+    with ShardWriter(tmp_path / "raw", name="raw", source={}) as writer:
+        writer.write("raw", {"jpg": b"raw"}, {})
+    raw = open_dataset(tmp_path / "raw")
+    parents = [{"fingerprint": raw.fingerprint}, {"fingerprint": "0" * 64}, {}, "odd"]
+    with ShardWriter(
+        tmp_path / "clean", name="clean", source={"kind": "curate", "parents": parents}
+    ) as writer:
+        writer.write("clean", {"jpg": b"clean"}, {})
+    trained.record_dataset(raw)
+    for _ in range(2):
+        clean_id = trained.record_dataset(open_dataset(tmp_path / "clean"))
+    with trained.reading() as session:
+        found = ancestors_of(session, clean_id)
+        assert [(one.relation, one.dataset.fingerprint) for one in found] == [
+            ("curate", raw.fingerprint)
+        ]
 
 
 def test_a_folder_is_that_of_the_run_trained_anew(trained: Registry, tmp_path: Path) -> None:

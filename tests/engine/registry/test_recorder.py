@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from carillon.engine.data.shards import Dataset
+from carillon.engine.data.config import JoinConfig, SetConfig
+from carillon.engine.data.shard_writer import ShardWriter
+from carillon.engine.data.shards import Dataset, open_dataset
+from carillon.engine.data.training_data import OpenedSet
 from carillon.engine.registry.database import RegistryError
+from carillon.engine.registry.lineage import sets_of
 from carillon.engine.registry.recorder import RunRecorder
 from carillon.engine.registry.store import Registry
 from carillon.engine.registry.tables import CheckpointRow, TrainingRunRow
@@ -33,7 +37,7 @@ def warnings_of_carillon(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.Lo
 def start(location: Path, dataset: Dataset, folder: Path) -> RunRecorder:
     return RunRecorder.start(
         location,
-        datasets=[dataset],
+        sets=[OpenedSet("", SetConfig(path="data/tiny"), dataset, dataset.splits["train"])],
         name="tiny-c",
         config_hash="c",
         params={"lr": 0.1},
@@ -55,8 +59,34 @@ def test_rows_of_a_run(recorder: RunRecorder, location: Path, dataset: Dataset) 
         run = session.get_one(TrainingRunRow, recorder.run_id)
         assert (run.status, run.step, run.metrics) == ("finished", 5, {"loss": 1.0})
         assert run.end_time is not None
-        assert run.dataset_id is not None
+        (read,) = sets_of(session, recorder.run_id)
+        assert (read.dataset.fingerprint, read.link.split) == (dataset.fingerprint, "train")
         assert session.scalars(select(CheckpointRow.content_hash)).all() == ["ab"]
+
+
+def test_all_sets_of_a_mixture_are_the_runs(
+    dataset: Dataset, location: Path, tmp_path: Path
+) -> None:
+    """Also one that joins later; started again with fewer, the run has those alone."""
+    with ShardWriter(tmp_path / "second", name="second", source={}) as writer:
+        writer.write("key", {"jpg": b"x"}, {})
+    second = open_dataset(tmp_path / "second")
+    first = OpenedSet("a", SetConfig(path="a"), dataset, dataset.splits["held_out"])
+    joining = JoinConfig(path="b", from_position=70)
+    later = OpenedSet("b", joining, second, second.splits["train"])
+    found = []
+    for sets in ([first, later], [later]):
+        recorder = RunRecorder.start(
+            location, sets=sets, name="m", config_hash="c", params={}, artifacts_uri=tmp_path / "m"
+        )
+        with recorder.registry.reading() as session:
+            links = sets_of(session, recorder.run_id)
+            found.append(
+                [(one.link.name, one.dataset.name, one.link.split) for one in links]
+                + [one.link.from_position for one in links]
+            )
+    b = ("b", "second", "train")
+    assert found == [[("a", "tiny", "held_out"), b, 0, 70], [b, 70]]
 
 
 def test_start_needs_a_registry_that_works(dataset: Dataset, tmp_path: Path) -> None:

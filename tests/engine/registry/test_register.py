@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
+from carillon.engine.cli import main
 from carillon.engine.data.shards import Dataset
 from carillon.engine.registry import register
 from carillon.engine.registry.register import register_items
@@ -61,3 +62,14 @@ def test_command(dataset: Dataset, location: Path, capsys: pytest.CaptureFixture
     assert f"fingerprint {dataset.fingerprint[:12]}" in capsys.readouterr().out
     assert register.main(parser.parse_args([*arguments, "--items"])) == 0
     assert "6 items registered, 0 unreadable" in capsys.readouterr().out
+
+
+def test_the_folder_of_the_default_registry_is_made(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other folders are not: they would be typing errors."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "register", str(dataset.path)]) == 0
+    assert (tmp_path / "runs" / "registry.sqlite").is_file()
+    assert main(["data", "register", str(dataset.path), "--registry", "absent/r.sqlite"]) == 2
+    assert not (tmp_path / "absent").exists()

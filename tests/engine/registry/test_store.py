@@ -14,7 +14,7 @@ from sqlalchemy import func, select
 
 from carillon.engine.data.shards import Dataset
 from carillon.engine.registry.database import RegistryError
-from carillon.engine.registry.store import Registry, storable
+from carillon.engine.registry.store import Registry, RunDataset, storable
 from carillon.engine.registry.tables import (
     Base,
     CheckpointRow,
@@ -81,7 +81,7 @@ def test_run_started_anew_supersedes(
 def test_run_of_an_unknown_dataset_is_refused(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="no data set abc is registered"):
         registry.start_run(
-            "x", config_hash="c", params={}, artifacts_uri=tmp_path, dataset_fingerprint="abc"
+            "x", config_hash="c", params={}, artifacts_uri=tmp_path, datasets=[RunDataset("abc")]
         )
     assert count(registry, TrainingRunRow) == 0
 
