@@ -98,7 +98,7 @@ bench-scaling: install-dev  ## two processes on two cores against one, and balan
 bench-env:  ## a second environment with the peers that benchmarks compare with
 	bash benchmarks/environment.sh
 
-parity: install-dev  ## every layout's step against one process's: writes docs/parity.md (4 minutes)
+parity: install-dev  ## every layout's step against one process's: writes docs/parity.md (some minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m carillon.engine.train.parity --out docs/parity.md
 
 prove-kill: install-dev  ## kill and resume small runs sixty times: nothing is lost (strace, 20 minutes)
