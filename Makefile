@@ -10,7 +10,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 QUICKSTART := recipes/emoji_quickstart.yaml
 OPERATORS := contrastive packed_attention moe_routing fp8_cast image_normalize
 
-.PHONY: help install install-dev quickstart test asan lint bench-cpu bench-table bench-env bench-peers bench-decode bench-scaling parity prove-kill prove-fp8 prove-duplicates prove-curation prove-data fuzz-decode clean
+.PHONY: help install install-dev quickstart test asan lint bench-cpu bench-table bench-env bench-peers bench-decode bench-scaling parity prove-kill prove-fp8 prove-duplicates prove-curation prove-data prove-sets fuzz-decode clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -98,7 +98,7 @@ bench-scaling: install-dev  ## two processes on two cores against one, and balan
 bench-env:  ## a second environment with the peers that benchmarks compare with
 	bash benchmarks/environment.sh
 
-parity: install-dev  ## every layout's step against one process's: writes docs/parity.md (4 minutes)
+parity: install-dev  ## every layout's step against one process's: writes docs/parity.md (some minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m carillon.engine.train.parity --out docs/parity.md
 
 prove-kill: install-dev  ## kill and resume small runs sixty times: nothing is lost (strace, 20 minutes)
@@ -107,6 +107,9 @@ prove-kill: install-dev  ## kill and resume small runs sixty times: nothing is l
 
 prove-fp8: install-dev  ## final loss of fp8 against bf16, three seeds of 300 steps (half an hour)
 	$(BIN)/python benchmarks/prove_fp8.py
+
+prove-sets: install-dev  ## build all real data sets from their packages; draws docs/pictures (quarter of an hour)
+	$(BIN)/python benchmarks/prove_sets.py
 
 prove-duplicates: install-dev  ## how many planted duplicates curation finds (JSON; two minutes)
 	$(BIN)/python benchmarks/prove_duplicates.py

@@ -21,8 +21,6 @@ from PIL import Image
 from record import SHARED_DATA
 
 from carillon.engine.data.decode.audio import decode_audio
-from carillon.engine.data.decode.frame_choice import EveryFrame
-from carillon.engine.data.decode.provider import batch_decoder
 from carillon.engine.data.decode.video import decode_video
 
 SOUND_CODECS = {
@@ -32,7 +30,7 @@ SOUND_CODECS = {
     "opus": ("OGG", "OPUS"),
     "mp3": ("MP3", "MPEG_LAYER_III"),
 }
-VIDEO_CASES = ("h264 176x140", "h264 256x256", "vp9 256x256", "vp9 256x256 by dali")
+VIDEO_CASES = ("h264 176x140", "h264 256x256", "vp9 256x256")
 _NUM_CLIPS = 8
 
 
@@ -167,9 +165,6 @@ def video_sides(case: str, files: Sequence[bytes]) -> Mapping[str, Callable[[], 
         "torchcodec": _each(by_torchcodec, files),
         "opencv": _each(by_opencv, files),
     }
-    if case.endswith("by dali"):
-        decoder = batch_decoder("dali")
-        sides["carillon"] = lambda: decoder.clips(files, EveryFrame(), size=(256, 256))
     if case.startswith("vp9"):
         sides["dali"] = _dali(files, lambda fn, data: fn.decoders.video(data, device="cpu"))
     return sides

@@ -137,7 +137,7 @@ def energon(
 
     class Encoder(me.DefaultTaskEncoder):  # type: ignore[misc]
         decoder = None  # the bytes as they are: map_pair decodes
-        cookers: ClassVar = [me.Cooker(lambda sample: sample)]
+        cookers: ClassVar = [me.Cooker(me.stateless(lambda sample: sample))]
 
         @me.stateless
         def encode_sample(self, sample: Any) -> Pair:

@@ -2,9 +2,10 @@
 
 The recipe curate/pictures.yaml (no classifiers) runs over Flickr8k, flower and clothing photos by
 two processes, three times for the median of pictures a second, from reading to the published set
-with its report; CPU seconds of all processes stand beside. A smaller run is killed by SIGKILL at a
-random moment and goes on, ten times over. The large one runs by Ray Data with two local workers.
-Each of these ends with the same files as an undisturbed run, and nothing beside them.
+with its report; CPU seconds of all processes stand beside. A smaller run is killed by SIGKILL at
+its first file, its second and so on, twelve times, and goes on each time. The large one runs by Ray
+Data with two local workers. Each of these ends with the same files as an undisturbed run, and with
+nothing beside them.
 Run by `make prove-curation`; writes results/prove_curation.json. Bar: 300 pictures/s on two cores.
 """
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import resource
 import shutil
 import signal
@@ -32,7 +32,8 @@ from carillon.engine.data.shards import open_dataset
 SHARED = FLICKR8K.parent
 SOURCES = tuple(str(SHARED / name) for name in ("flickr8k", "flowers5", "clothing_cc0"))
 RECIPE = ROOT / "recipes" / "curate" / "pictures.yaml"
-BAR, REPEATS, KILLS, WORKERS = 300.0, 3, 10, 2
+SMALL = SOURCES[1:]
+BAR, REPEATS, KILLS, WORKERS = 300.0, 3, 12, 2
 
 
 def command(out: Path, *further: str, sources: Sequence[str] = SOURCES) -> list[str]:
@@ -59,27 +60,34 @@ def digest(out: Path) -> str:
     return total.hexdigest()
 
 
-def kills(folder: Path) -> tuple[int, bool]:
-    """Kill a small run once, at a random moment, and let it go on, KILLS times.
-
-    Returns how many were cut short, and whether all ended with the bytes of an undisturbed run.
-    """
-    small = SOURCES[1:]
-    seconds, _ = run(folder / "whole" / "clean", sources=small)
-    expected = digest(folder / "whole" / "clean")
-    rng = random.Random(0)
-    cut, same = 0, True
-    for number in range(KILLS):
-        out = folder / str(number) / "clean"
-        process = subprocess.Popen(command(out, sources=small), stdout=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=rng.uniform(0.3, 1.0) * seconds)
-        except subprocess.TimeoutExpired:
+def killed_at(out: Path, number: int) -> bool:
+    """Kill a run once it has made so many files and folders; whether it was still alive."""
+    seen: set[Path] = set()
+    process = subprocess.Popen(command(out, sources=SMALL), stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        seen |= set(out.parent.rglob("*")) if out.parent.exists() else set()
+        if len(seen) >= number:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-            cut += 1
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def kills(folder: Path) -> tuple[int, bool]:
+    """Kill a small run at its first file, its second and so on, and let each go on.
+
+    Returns how many were cut short, and whether all ended with the bytes of an undisturbed run and
+    with nothing beside them.
+    """
+    run(folder / "whole" / "clean", sources=SMALL)
+    expected = digest(folder / "whole" / "clean")
+    cut, same = 0, True
+    for number in range(1, KILLS + 1):
+        out = folder / str(number) / "clean"
+        cut += killed_at(out, number)
         if not out.exists():
-            run(out, sources=small)
+            run(out, sources=SMALL)
         same &= digest(out) == expected
         same &= [path.name for path in out.parent.iterdir()] == ["clean"]
     return cut, same

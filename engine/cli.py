@@ -39,7 +39,14 @@ COMMANDS = (
         "turn a data set into vectors by a run's model",
     ),
     Command(("search",), "carillon.engine.index.search", "find pictures by text or by picture"),
-    Command(("data", "emoji"), "carillon.engine.data.emoji", "build the emoji set, 30 languages"),
+    Command(
+        ("data", "emoji"), "carillon.engine.data.sets.emoji", "build the emoji set, 30 languages"
+    ),
+    Command(("data", "stamps"), "carillon.engine.data.sets.stamps", "build the stamps set"),
+    Command(("data", "prompts"), "carillon.engine.data.sets.prompts", "build the prompts set"),
+    Command(("data", "text-lines"), "carillon.engine.data.sets.text_lines", "build the lines set"),
+    Command(("data", "clips"), "carillon.engine.data.sets.clips", "build the clips set"),
+    Command(("data", "speech"), "carillon.engine.data.sets.speech", "build the speech set"),
     Command(
         ("data", "register"),
         "carillon.engine.registry.register",
@@ -82,7 +89,7 @@ COMMANDS = (
 
 # What `carillon NOUN --help` begins with; its examples are those of its verbs.
 NOUNS = {
-    "data": "Build the data sets of the recipes, look into a data set, or erase from it.",
+    "data": "Build a known data set, register one, look into it, or erase from it.",
     "config": "Check a config before it is trained, or look up its settings.",
     "eval": "Measure how well a run's model does.",
 }

@@ -40,7 +40,9 @@ class NotRun(NamedTuple):
     tested: str
 
 
-_NPM = NotRun("fetches packages with npm, or needs them", "tests/engine/data/test_emoji.py")
+_NPM = NotRun("fetches packages with npm, or needs them", "tests/engine/data/sets/test_emoji.py")
+_SETS = "tests/engine/data/sets"
+_DEBIAN = "fetches packages of Debian"
 _BUILD = NotRun("builds the environment that this test runs in", ".ci/run")
 NOT_RUN = {
     "make install": _BUILD,
@@ -55,6 +57,18 @@ NOT_RUN = {
     ),
     "carillon data emoji --size 64 --out data/emoji": _NPM,
     "carillon data emoji --data TARBALLS": _NPM,
+    "carillon data emoji": _NPM,
+    "carillon data stamps": NotRun(_DEBIAN, f"{_SETS}/test_stamps.py"),
+    "carillon data stamps --limit 100 --out data/stamps-100": NotRun(
+        _DEBIAN, f"{_SETS}/test_stamps.py"
+    ),
+    "carillon data prompts": NotRun(_DEBIAN, f"{_SETS}/test_prompts.py"),
+    "carillon data text-lines": NotRun(_DEBIAN, f"{_SETS}/test_text_lines.py"),
+    "carillon data text-lines --languages ar,hi,th --per-language 50 --seed 1 "
+    "--out data/lines-three": NotRun(_DEBIAN, f"{_SETS}/test_text_lines.py"),
+    "carillon data clips": NotRun("fetches packages with npm", f"{_SETS}/test_clips.py"),
+    "carillon data speech": NotRun("fetches packages with npm", f"{_SETS}/test_speech.py"),
+    "make prove-sets": NotRun("builds every set, for minutes", "benchmarks/prove_sets.py"),
     "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 "
     "recipes/train.py --config recipes/X.yaml": NotRun(
         "needs two machines of eight processes", "tests/engine/train/test_launch.py"

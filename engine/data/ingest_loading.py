@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from carillon.engine.config import UserError
 from carillon.engine.data.fetch import USER_AGENT, Fetcher, FetchError, FetchLimits
 from carillon.engine.data.ingest_inspection import Inspectors
 from carillon.engine.data.ingest_items import Inline, Item, LocalFile, Span, Url, Where
 from carillon.engine.data.ingest_texts import MAX_TEXT_BYTES, add_text, has_text
 from carillon.engine.data.retry import RetryPolicy, with_retries
 from carillon.engine.data.samples import modality_of
-from carillon.engine.data.store import open_blob, read_whole
+from carillon.engine.data.store import StoreError, open_blob, read_whole
 
 _UNWANTED = ("noai", "noimageai", "noindex", "noimageindex", "none")
 _AGENT = "carillon-engine"
@@ -69,7 +70,10 @@ class Loader:
         self._health = HostHealth()
 
     def load(self, item: Item) -> Loaded | str:
-        """The item's bytes, its texts put into it; or the reason why it cannot be used."""
+        """The item's bytes, its texts put into it; or the reason why it cannot be used.
+
+        Raises UserError when the store that it lies in fails as a whole: no item's fault.
+        """
         try:
             for suffix, language, where in item.texts:
                 data = self._read(where, MAX_TEXT_BYTES)
@@ -83,6 +87,15 @@ class Loader:
                 found = self._inspectors.inspect(data, self._max_size)
                 stored = _member_name(name, found.suffix)
                 members[stored], media[stored] = found.data, found.facts
+        except UserError:  # such as a library that is not installed
+            raise
+        except StoreError as error:
+            if error.is_down:
+                raise UserError(
+                    f"{item.source}/{item.name} cannot be read: {error.strerror}. The same command "
+                    "goes on from here."
+                ) from None
+            return f"cannot be read: {error.strerror}"
         except OSError as error:
             return f"cannot be read: {error.strerror or error}"
         except ValueError as error:

@@ -120,10 +120,15 @@ def _explained(error: Exception) -> Exception:
     if isinstance(error, FileNotFoundError):
         return StoreError("no such object, folder or bucket; check the name", missing=True)
     if isinstance(error, PermissionError) or _is_unset(error):
-        return StoreError(f"the store refuses: {said}; check the credentials and their rights")
+        return StoreError(
+            f"the store refuses: {said}; check the credentials and their rights",
+            is_down=_is_unset(error),
+        )
     if _passing(error):
         tries = f"{store.POLICY.max_tries} tries within {store.POLICY.deadline_s:g} s"
-        return StoreError(f"the store does not answer as it should, after up to {tries}: {said}")
+        return StoreError(
+            f"the store does not answer as it should, after up to {tries}: {said}", is_down=True
+        )
     if isinstance(error, OSError):
         return StoreError(f"the store refuses: {said}")
     return error

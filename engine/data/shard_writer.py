@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +39,7 @@ from carillon.engine.data.publish import check_target, json_of, publish_folder, 
 from carillon.engine.data.samples import MODALITIES, SampleError, clean_captions, modality_of
 from carillon.engine.data.shard_index import MAX_KEY_BYTES, IndexRow, index_bytes, safe_name
 from carillon.engine.data.tar_members import BLOCK
+from carillon.engine.data.tombstones import TOMBSTONES_NAME, tombstones_of
 
 DEFAULT_SHARD_BYTES = 256 << 20
 _MEMBER_NAME = re.compile(r"(?:[a-z0-9_-]{1,40}\.){0,2}[a-z0-9]{1,8}")
@@ -155,6 +156,8 @@ class ShardWriter:
     With `work`, a folder beside `out`, that is where the set is made, and it stays when something
     goes wrong; `saved` is what `save` gave to go on from. Such a build can be too long to remember
     keys, so that they are unique is the caller's to know then.
+    `parents` are the folders of sets that it is made from: what was erased from one of them, or
+    from a set that it takes the place of, is refused, and their tombstones go on into it.
     """
 
     def __init__(
@@ -167,13 +170,14 @@ class ShardWriter:
         overwrite: bool = False,
         work: Path | None = None,
         saved: Mapping[str, Any] | None = None,
+        parents: Sequence[Path] = (),
     ) -> None:
         self.out = out.absolute()
         self._name = name
         self._source = dict(source)
         self._max_shard_bytes = max_shard_bytes
         self._overwrite = overwrite
-        self._work, self._saved = work, saved
+        self._work, self._saved, self._parents = work, saved, tuple(parents)
         self._keys: set[str] = set()
         self._closed: list[Path] = []  # shards since the last save, and between the two before it
         self._unneeded: list[Path] = []
@@ -185,6 +189,7 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         self._check_target()
+        self.tombstones = tombstones_of(dict.fromkeys([*self._parents, self.out]))
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             if self._work is None:
@@ -278,6 +283,9 @@ class ShardWriter:
             raise UserError(f"the split name {split!r} must be letters, digits and underscores")
         if key in self._keys:
             raise UserError(f"the key {key!r} occurs twice. Keys are unique over all splits.")
+        refusal = self.tombstones.refusal_of(key, members)
+        if refusal is not None:
+            raise SampleError(key, refusal)
         stored = dict(meta)
         try:
             for field in ("captions", "transcripts"):
@@ -294,6 +302,10 @@ class ShardWriter:
         self._count(split, members, stored)
         if self._work is None:
             self._keys.add(key)
+
+    def describe(self, **more: Any) -> None:
+        """Add to `source` what is known only while the set is being built."""
+        self._source.update(more)
 
     def attach(self, file: str, content: bytes | Path) -> None:
         """Put a further file beside the shards, its bytes or a copy of a file of any size.
@@ -376,6 +388,9 @@ class ShardWriter:
         }
         manifest = Manifest(name=self._name, splits=splits, source=self._source)
         write_synced(self._folder / MANIFEST_NAME, manifest_bytes(manifest))
+        erased = self._folder / TOMBSTONES_NAME  # there already of an erasure
+        if self.tombstones.erasures and not erased.exists():
+            write_synced(erased, self.tombstones.content())
         self._check_target()
         publish_folder(self._folder, self.out)
 

@@ -37,11 +37,14 @@ _MAX_REQUEST_BYTES = 64 << 20
 
 
 class StoreError(OSError):
-    """A remote object cannot be read; `strerror` says why and what to do."""
+    """A remote object cannot be read; `strerror` says why and what to do.
 
-    def __init__(self, reason: str, *, missing: bool = False) -> None:
+    `missing`: it is not there. `is_down`: the store as a whole fails, or wants other credentials.
+    """
+
+    def __init__(self, reason: str, *, missing: bool = False, is_down: bool = False) -> None:
         super().__init__(None, reason)
-        self.missing = missing
+        self.missing, self.is_down = missing, is_down
 
 
 class Facts(NamedTuple):
@@ -245,7 +248,9 @@ class _WebStore(Store):
         except FetchError as error:
             if error.status == 416 and start == 0:
                 return b"", {"content-range": "bytes */0"}
-            raise StoreError(_web_reason(error), missing=error.status in (404, 410)) from None
+            raise StoreError(
+                _web_reason(error), missing=error.status in (404, 410), is_down=error.passing
+            ) from None
 
 
 def _web_reason(error: FetchError) -> str:

@@ -159,7 +159,7 @@ class TrainingData:
         names = frozenset(s.get("name") or s["type"] for s in stages if s.get("type") == "nsfw")
         if not names:
             raise UserError(
-                f"data.filters.nsfw: {one.dataset.path} was not scored; curate it with a stage of "
+                f"data.filters.nsfw: {one.dataset.place} was not scored; curate it with a stage of "
                 "type nsfw, as recipes/curate/web.yaml has one, or set data.filters.nsfw=false"
             )
         return names

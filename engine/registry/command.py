@@ -103,28 +103,8 @@ def show(registry: Registry, name: str) -> None:
         ).all()
         tables = [
             _pairs(f"run {run.name}", _run_details(run)),
-            _table(
-                "data sets",
-                ("name", "data set", "split", "from", "fingerprint"),
-                [
-                    (
-                        one.link.name or "-",
-                        one.dataset.name,
-                        one.link.split or "-",
-                        one.link.from_position,
-                        one.dataset.fingerprint[:12],
-                    )
-                    for one in sets_of(session, run.id)
-                ],
-            ),
-            _table(
-                "checkpoints",
-                ("step", "hash", "metrics", "folder"),
-                [
-                    (r.step, r.content_hash[:12], _metrics(r.val_metrics), r.uri)
-                    for r in checkpoints
-                ],
-            ),
+            _read_sets(sets_of(session, run.id)),
+            _checkpoints(checkpoints),
             _table(
                 "evaluations",
                 ("step", "suite", "metrics"),
@@ -154,6 +134,25 @@ def show_lineage(registry: Registry, checkpoint: str) -> None:
     for one in found.datasets:
         tables += _dataset_tables(one)
     _print(*tables)
+
+
+def _read_sets(sets: Iterable["ReadSet"]) -> "Table":
+    rows = [
+        (
+            one.link.name or "-",
+            one.dataset.name,
+            one.link.split or "-",
+            one.link.from_position,
+            one.dataset.fingerprint[:12],
+        )
+        for one in sets
+    ]
+    return _table("data sets", ("name", "data set", "split", "from", "fingerprint"), rows)
+
+
+def _checkpoints(checkpoints: Iterable[CheckpointRow]) -> "Table":
+    rows = [(r.step, r.content_hash[:12], _metrics(r.val_metrics), r.uri) for r in checkpoints]
+    return _table("checkpoints", ("step", "hash", "metrics", "folder"), rows)
 
 
 def _dataset_tables(one: "ReadSet") -> list["Table"]:

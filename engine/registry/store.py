@@ -94,7 +94,7 @@ class Registry:
                 row = DatasetRow(fingerprint=dataset.fingerprint, modality=modality)
                 session.add(row)
             row.name, row.version = dataset.name, str(VERSION)
-            row.source_uri = str(Path(dataset.path).absolute())
+            row.source_uri = dataset.place
             row.details = storable({"splits": splits, "source": dict(manifest.source)})
             session.flush()
             _link_parents(session, row.id, manifest.source)

@@ -85,12 +85,12 @@ class DatasetRow(Base):
     name: Mapped[str] = mapped_column(index=True)
     modality: Mapped[str]
     version: Mapped[str]
+    # Set when items were erased from it: it is not to be used any more, the links say what is.
+    superseded_at: Mapped[datetime | None]
     source_uri: Mapped[str]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     details: Mapped[dict[str, Any]] = mapped_column("metadata", Json)  # the name is SQLAlchemy's
     fingerprint: Mapped[str] = mapped_column(unique=True)
-    # Set when items were erased from it: it is not to be used any more, the links say what is.
-    superseded_at: Mapped[datetime | None]
 
 
 class DatasetLinkRow(Base):

@@ -257,7 +257,7 @@ def test_a_path_that_cannot_be_used_is_one_line_and_nothing_is_left(
         raise AssertionError("the packages were fetched before the place for the set was tried")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("carillon.engine.data.emoji.locate_packages", fetch)
+    monkeypatch.setattr("carillon.engine.data.sets.emoji.locate_packages", fetch)
     Path("FILE").write_text("as it was")
     Path("FOLDER").mkdir()
     Path("LOOP").symlink_to("LOOP")

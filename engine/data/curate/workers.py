@@ -10,6 +10,7 @@ memory (RLIMIT_DATA) and end when their parent does.
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import time
 import traceback
@@ -161,8 +162,11 @@ def _serve(job: Job, connection: Connection, progress: Any) -> None:
     """A worker's life: parts in, tables on disk, until the parent hangs up."""
     _limit_memory(job.memory_limit_bytes)
     datasets: dict[int, Any] = {}
+    parent = os.getppid()
 
     def began(row: int) -> None:
+        if os.getppid() != parent:  # it was killed: another run may be at this part
+            os._exit(0)
         progress[1] = time.monotonic()
         progress[0] = float(row)
 
@@ -184,13 +188,18 @@ def _serve(job: Job, connection: Connection, progress: Any) -> None:
             )
             progress[0] = _IDLE_ROW
             write_table(table_path(job.folder, part), table)
-            connection.send(part)
+            _say(connection, part)
         except KeyboardInterrupt:
             return
         except UserError as error:
-            connection.send(error)
+            _say(connection, error)
         except Exception:  # told to the parent, which ends the run; a traceback can be sent
-            connection.send(RuntimeError(traceback.format_exc()))
+            _say(connection, RuntimeError(traceback.format_exc()))
+
+
+def _say(connection: Connection, what: Part | Exception) -> None:
+    with contextlib.suppress(OSError):  # a parent that was killed hears nothing
+        connection.send(what)
 
 
 def _path(source: str | tuple[str, ...]) -> str | list[str]:

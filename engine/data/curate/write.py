@@ -145,10 +145,18 @@ def write_kept(
     curated: Curated, out: Path, *, name: str, attachments: Mapping[str, bytes], overwrite: bool
 ) -> None:
     """Write the new version. Raises UserError when nothing is kept or the disk refuses."""
-    with ShardWriter(out, name=name, source=lineage(curated), overwrite=overwrite) as writer:
+    parents = [dataset.path for dataset in curated.datasets]
+    refused: dict[int, str] = {}
+    with ShardWriter(
+        out, name=name, source=lineage(curated), overwrite=overwrite, parents=parents
+    ) as writer:
         taken: set[str] = set()
         for row, sample, told in _kept(curated):
             key = sample.key
+            refusal = writer.tombstones.refusal_of(key, sample.members)
+            if refusal is not None:
+                refused[row] = refusal
+                continue
             dataset, part, _ = curated.place_of(row)
             if key in taken:
                 key = f"{key}-{dataset.fingerprint[:8]}"
@@ -159,15 +167,18 @@ def write_kept(
                 writer.write(key, sample.members, meta, split=split)
             except SampleError as error:
                 raise UserError(f"{error}; the pipeline made it unusable") from None
-        for file, data in [*removed_files(curated), *attachments.items()]:
+        if refused:
+            writer.describe(erased=len(refused))
+        for file, data in [*removed_files(curated, refused), *attachments.items()]:
             writer.attach(file, data)
 
 
-def removed_files(curated: Curated) -> Iterator[tuple[str, bytes]]:
-    """removed-NNN.parquet, at most REMOVED_ROWS rows each."""
+def removed_files(curated: Curated, refused: Mapping[int, str]) -> Iterator[tuple[str, bytes]]:
+    """removed-NNN.parquet, at most REMOVED_ROWS rows each; `refused` are rows that no stage dropped
+    and that were erased before, with the reason."""
     rows: list[dict[str, Any]] = []
     number = 0
-    for row in _removed(curated):
+    for row in _removed(curated, refused):
         rows.append(row)
         if len(rows) == REMOVED_ROWS:
             yield _removed_file(number, rows)
@@ -183,7 +194,7 @@ def _removed_file(number: int, rows: list[dict[str, Any]]) -> tuple[str, bytes]:
     return f"removed-{number:03d}.parquet", buffer.getvalue()
 
 
-def _removed(curated: Curated) -> Iterator[dict[str, Any]]:
+def _removed(curated: Curated, refused: Mapping[int, str]) -> Iterator[dict[str, Any]]:
     dropped_by = curated.verdict.dropped_by
     for row, told in _rows(curated, np.arange(curated.num_rows)):
         place = int(dropped_by[row])
@@ -193,6 +204,9 @@ def _removed(curated: Curated) -> Iterator[dict[str, Any]]:
             reason = judgement.reason if judgement else told["reason"]
             outcome = "dropped" if place >= 0 else "quarantined"
             yield _removed_row(curated, row, outcome, curated.label(place), reason, place)
+            continue
+        if row in refused:
+            yield _removed_row(curated, row, "dropped", "tombstones", refused[row], place)
             continue
         for stage, reason in _flags(curated, row, told).items():
             at = next(i for i, one in enumerate(curated.pipeline.stages) if one.label == stage)

@@ -1,19 +1,18 @@
 """Sound from bytes to float32 samples: WAV, FLAC, OGG (Vorbis, Opus) and MP3 of 8 to 192 kHz.
 
-libsndfile decodes (of the libraries measured the quickest on each of these, but for whole FLACs:
-flac.py), after the format was told by content; it knows dozens more, which are not let in. Nothing
-that a header says is trusted: sizes are checked before memory is taken, samples are read block by
-block, and a file that ends before its header says so is refused, as is one without samples or with
-values that are not finite. A window is sought, not decoded up to. soxr resamples, at its high
-quality; a window is resampled as a sound of its own, silent around it. Left out: other containers,
-sound inside of videos, dither.
+libsndfile decodes (of the libraries measured the quickest, but for whole FLACs and plain WAVs:
+flac.py, wav.py), after the format was told by content; it knows dozens more, which are not let in.
+Nothing that a header says is trusted: sizes are checked before memory is taken, samples are read
+block by block, and a file that ends before its header says so is refused, as is one without samples
+or with values that are not finite. A window is sought, not decoded up to. soxr resamples, at its
+high quality; a window is resampled as a sound of its own, silent around it. Left out: other
+containers, sound inside of videos, dither.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import struct
 from typing import NamedTuple
 
 import numpy as np
@@ -29,13 +28,14 @@ from carillon.engine.data.decode.limits import (
     Limits,
     check_decoded_bytes,
 )
+from carillon.engine.data.decode.wav import WavHeader, check_wav_length, wav_header, wav_samples
 
 MIN_RATE, MAX_RATE = 8_000, 192_000
 _FORMATS = {"WAV": "wav", "WAVEX": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3"}
+_WHOLE_NUMBERS = ("PCM_U8", "PCM_S8", "PCM_16", "PCM_24", "PCM_32", "ULAW", "ALAW")
 _BLOCK_VALUES = 2**22  # 16 MB as float32
 _MP3_PREROLL = 32 * 1152  # a frame's bits may lie in the 511 bytes before it: many small frames
 _UNKNOWN_FRAMES = 2**62  # what libsndfile says of a stream that does not state its length
-_STREAMED_WAV_BYTES = 0x7FFF_0000  # and above: written by who did not know the length
 
 
 class Sound(NamedTuple):
@@ -78,7 +78,8 @@ def decode_audio(
     for a rate or window that makes no sense.
     """
     _check_request(rate, start_s, duration_s)
-    audio_format(data)
+    if audio_format(data) == "wav" and (plain := wav_header(data)) is not None:
+        return _plain_wav(data, plain, rate, mono, start_s, duration_s, limits)
     whole = flac_header(data) if start_s == 0 and duration_s is None else None
     if whole is not None:
         return _whole_flac(data, whole, rate, mono, limits)
@@ -108,7 +109,8 @@ def audio_header(data: bytes, *, limits: Limits = DEFAULT_LIMITS) -> Header:
     try:
         with _Reader(io.BytesIO(data)) as file:
             _check_header(file)
-            _check_wav_length(file, data)
+            if _FORMATS[file.format] == "wav":
+                check_wav_length(data)
             known = file.frames if file.frames < _UNKNOWN_FRAMES else None
             header = Header(_FORMATS[file.format], file.samplerate, file.channels, known)
     except AudioError:
@@ -152,6 +154,38 @@ def _check_rate(rate: int) -> None:
         raise AudioError(f"a sampling rate of {rate} Hz; {MIN_RATE} to {MAX_RATE} are allowed")
 
 
+def _plain_wav(
+    data: bytes,
+    header: WavHeader,
+    rate: int | None,
+    mono: bool,
+    start_s: float,
+    duration_s: float | None,
+    limits: Limits,
+) -> Sound:
+    _check_rate(header.rate)
+    if header.num_frames == 0:
+        raise AudioError("the sound has no samples")
+    first = round(start_s * header.rate)
+    if first >= header.num_frames:
+        raise _starts_past_the_end(start_s, header.num_frames, header.rate)
+    count = header.num_frames - first
+    if duration_s is not None:
+        count = min(count, max(1, round(duration_s * header.rate)))
+    check_decoded_bytes(AudioError, "the sound", 4 * count * header.num_channels, limits)
+    samples = wav_samples(data, header, first, count)
+    out = _resampled(samples, header.rate, rate, mono, limits)
+    duration_s = header.num_frames / header.rate
+    return Sound(out, rate or header.rate, first / header.rate, header.rate, duration_s)
+
+
+def _starts_past_the_end(start_s: float, num_frames: int, rate: int) -> AudioError:
+    return AudioError(
+        f"the window starts at {start_s:g} s, but the sound has {num_frames:,} samples, "
+        f"{num_frames / rate:.3f} s"
+    )
+
+
 def _whole_flac(
     data: bytes, header: FlacHeader, rate: int | None, mono: bool, limits: Limits
 ) -> Sound:
@@ -177,7 +211,7 @@ def _decoded(
     first = round(start_s * file.samplerate)
     asked = None if duration_s is None else max(1, round(duration_s * file.samplerate))
     if first and known is not None and first >= known:
-        raise AudioError(f"the window starts at {start_s:g} s, but {_length(file, known)}")
+        raise _starts_past_the_end(start_s, known, file.samplerate)
     if first:
         _seek(file, first)
     expected = None if known is None else known - first
@@ -190,7 +224,8 @@ def _decoded(
         known = first + len(samples)
     source_s = None if known is None else known / file.samplerate
     out = _resampled(samples, file.samplerate, rate, mono, limits)
-    _check_finite(out)
+    if file.subtype not in _WHOLE_NUMBERS:
+        _check_finite(out)
     return Sound(out, rate or file.samplerate, first / file.samplerate, file.samplerate, source_s)
 
 
@@ -199,10 +234,6 @@ def _check_finite(samples: NDArray[np.float32]) -> None:
     # One product is several times as quick as looking at each; it may also overflow.
     if not math.isfinite(np.dot(flat, flat)) and not np.isfinite(flat).all():
         raise AudioError("the sound has samples that are no finite numbers")
-
-
-def _length(file: soundfile.SoundFile, num_frames: int) -> str:
-    return f"the sound has {num_frames:,} samples, {num_frames / file.samplerate:.3f} s"
 
 
 def _seek(file: soundfile.SoundFile, first: int) -> None:
@@ -238,24 +269,8 @@ def _check_complete(
     # The length of an MP3 is often an estimate, so less than that is no sign of damage.
     if wanted is not None and num_read < wanted and file.format != "MP3":
         raise AudioError(f"the sound ends after {num_read:,} of {wanted:,} samples: damaged or cut")
-    _check_wav_length(file, data)
-
-
-def _check_wav_length(file: soundfile.SoundFile, data: bytes) -> None:
-    claimed = _claimed_wav_bytes(data) if _FORMATS[file.format] == "wav" else 0
-    if len(data) < claimed < _STREAMED_WAV_BYTES:
-        raise AudioError(f"the sound says that it has {claimed:,} bytes, but has {len(data):,}")
-
-
-def _claimed_wav_bytes(data: bytes) -> int:
-    """Where the samples of a WAV file end by its header; 0 where no chunk of samples is found."""
-    at = 12
-    while at + 8 <= len(data):
-        name, size = struct.unpack_from("<4sI", data, at)
-        if name == b"data":
-            return int(at + 8 + size)
-        at += 8 + size + size % 2
-    return 0
+    if _FORMATS[file.format] == "wav":
+        check_wav_length(data)
 
 
 def _resampled(

@@ -17,6 +17,7 @@ from carillon.engine.data.decode.limits import ImageError
 _COLOURS = ("YCbCr", "Gray", "RGB")
 _SCALES = (8, 4, 2)
 _MAX_SCANNED_PIXELS = 1_000_000_000  # a progressive file may ask for each pixel in many scans
+_MIN_SCAN_BYTES = 10  # a scan's header alone
 _FREE_SCANS = 16  # a usual progressive file has about ten
 _START_OF_SCAN = b"\xff\xda"
 _EXIF = b"Exif\0\0"
@@ -41,7 +42,9 @@ def decode_jpeg(
     divisor = _divisor(min(width, height), min_side)
     try:
         pixels: np.ndarray[Any, np.dtype[np.uint8]] = simplejpeg.decode_jpeg(
-            data, min_height=-(-height // divisor), min_width=-(-width // divisor)
+            data,
+            min_height=-(-height // divisor),
+            min_width=-(-width // divisor),
         )
     except ValueError:
         return None
@@ -69,6 +72,8 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 def check_scans(data: bytes, num_pixels: int) -> None:
     """Raises ImageError for a progressive file that asks for far more work than its pixels."""
+    if num_pixels * (len(data) // _MIN_SCAN_BYTES) <= _MAX_SCANNED_PIXELS:
+        return  # too short to hold so many: not worth a look at all of its bytes
     scans = data.count(_START_OF_SCAN)
     if scans > _FREE_SCANS and scans * num_pixels > _MAX_SCANNED_PIXELS:
         raise ImageError(f"the picture codes its {num_pixels:,} pixels in {scans} scans")

@@ -38,6 +38,7 @@ from carillon.engine.data.explore.terminal import print_tables, size, table
 from carillon.engine.data.shards import Dataset, open_dataset
 from carillon.engine.registry.command import add_registry, open_registry
 from carillon.engine.registry.datasets import find_dataset, supersede
+from carillon.engine.registry.store import Registry
 
 SHOWN = 50
 
@@ -193,30 +194,17 @@ def _tell_files(folder: Path, files: Sequence[tuple[str, int]]) -> None:
 
 
 def _erase(args: argparse.Namespace, dataset: Dataset, request: Request) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
-
     check_parent(dataset, args.out)
     registry = open_registry(args.registry)  # before the copy: what it says must be kept
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("copying the others", total=None)
-        made = write_without(
-            dataset,
-            request,
-            args.out,
-            name=args.name or dataset.name,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    told = {"num_items": len(request.items), "reason": request.reason}
-    registry.record_derived(
-        made, [dataset], relation=RELATION, details=told | {"requested_by": request.requested_by}
-    )
+    made = _copied(args, dataset, request)
+    details = {
+        "num_items": len(request.items),
+        "reason": request.reason,
+        "requested_by": request.requested_by,
+    }
+    registry.record_derived(made, [dataset], relation=RELATION, details=details)
     uris = [f"{one.split}/{one.key}" for one in request.items]
     rows_removed = supersede(registry, dataset.fingerprint, uris)
-    with registry.reading() as session:
-        row = find_dataset(session, dataset.fingerprint)
-        lineage = lineage_of(session, row)
-    holders = holders_of(lineage, made.fingerprint, request.items)
     files = files_of(dataset.path) if args.purge else []
     result: dict[str, Any] = {
         "dataset": str(dataset.path),
@@ -224,8 +212,7 @@ def _erase(args: argparse.Namespace, dataset: Dataset, request: Request) -> None
         "fingerprint": made.fingerprint,
         "num_erased": len(request.items),
         "registry_rows_removed": rows_removed,
-        "also_held_by": holders,
-        **{name: lineage[name] for name in ("runs", "checkpoints", "indexes")},
+        **_touched(registry, dataset, made, request),
         "purged": [name for name, _ in files],
     }
     if args.json:
@@ -236,6 +223,37 @@ def _erase(args: argparse.Namespace, dataset: Dataset, request: Request) -> None
             _tell_files(dataset.path, files)
     if args.purge:
         purge(dataset.path)
+
+
+def _copied(args: argparse.Namespace, dataset: Dataset, request: Request) -> Dataset:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("copying the others", total=None)
+        return write_without(
+            dataset,
+            request,
+            args.out,
+            name=args.name or dataset.name,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _touched(
+    registry: Registry, dataset: Dataset, made: Dataset, request: Request
+) -> dict[str, Any]:
+    """The sets that hold the items beside the old version, and what was made with any of these."""
+    with registry.reading() as session:
+        lineages = [lineage_of(session, find_dataset(session, dataset.fingerprint))]
+        holders = holders_of(lineages[0], made.fingerprint, request.items)
+        related = [find_dataset(session, one["fingerprint"]) for one in holders]
+        lineages += [lineage_of(session, row) for row in related]
+    touched: dict[str, Any] = {"also_held_by": holders}
+    for name in ("runs", "checkpoints"):
+        touched[name] = [one for lineage in lineages for one in lineage[name]]
+    touched["indexes"] = sorted({one for lineage in lineages for one in lineage["indexes"]})
+    return touched
 
 
 def _tell_result(result: Mapping[str, Any]) -> None:

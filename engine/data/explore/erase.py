@@ -77,32 +77,34 @@ def write_without(
             f"all {total:,} items of {dataset.path} are to be erased, so no version of it is left: "
             "remove its folder, and what was trained on it"
         )
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    after = before.with_erasure(
-        dataset=dataset.name,
-        fingerprint=dataset.fingerprint,
-        erased_at=now,
-        reason=request.reason,
-        requested_by=request.requested_by,
-        items=[(one.key, one.sha256) for one in request.items],
-    )
     source = {
         "kind": RELATION,
         "parents": [{"name": dataset.name, "fingerprint": dataset.fingerprint}],
         "num_erased": len(erased),
     }
     with ShardWriter(out, name=name, source=source) as writer:
-        done = 0
-        for split_name, split in dataset.splits.items():
-            for row in range(len(split)):
-                if (split_name, row) not in erased:
-                    _copy(dataset, split_name, row, writer, request.drop_damaged)
-                done += 1
-                progress(done, total)
-        writer.attach(TOMBSTONES_NAME, after.content())
+        places = (
+            (name, row) for name, split in dataset.splits.items() for row in range(len(split))
+        )
+        for done, place in enumerate(places, start=1):
+            if place not in erased:
+                _copy(dataset, *place, writer, request.drop_damaged)
+            progress(done, total)
+        writer.attach(TOMBSTONES_NAME, _with(before, dataset, request).content())
     for left in out.absolute().parent.glob(glob.escape(f".{out.name}.partial-") + "*"):
         shutil.rmtree(left, ignore_errors=True)  # of a killed run; it could not be published now
     return open_dataset(out)
+
+
+def _with(before: Tombstones, dataset: Dataset, request: Request) -> Tombstones:
+    return before.with_erasure(
+        dataset=dataset.name,
+        fingerprint=dataset.fingerprint,
+        erased_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        reason=request.reason,
+        requested_by=request.requested_by,
+        items=[(one.key, one.sha256) for one in request.items],
+    )
 
 
 def _copy(dataset: Dataset, split: str, row: int, writer: ShardWriter, drop_damaged: bool) -> None:

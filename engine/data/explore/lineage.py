@@ -13,16 +13,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy import select
+
 from carillon.engine.data.explore.terminal import print_tables, table
 from carillon.engine.registry.command import add_registry
-from carillon.engine.registry.datasets import find_dataset, trained_on
+from carillon.engine.registry.datasets import Trained, find_dataset, trained_on
 from carillon.engine.registry.lineage import Relative, ancestors_of, descendants_of
 from carillon.engine.registry.store import Registry
-from carillon.engine.registry.tables import DatasetRow, TrainingRunRow
+from carillon.engine.registry.tables import CheckpointRow, DatasetRow, TrainingRunRow
 
 if TYPE_CHECKING:
     from rich.table import Table
     from sqlalchemy.orm import Session
+
+_RUN_COLUMNS = ("dataset", "name", "status", "in_mixture", "split", "from_position", "folder")
+_CHECKPOINT_COLUMNS = ("dataset", "run", "step", "content_hash", "is_there", "folder")
 
 EXAMPLES = """examples:
   carillon data lineage data/photos
@@ -53,38 +58,40 @@ def main(args: argparse.Namespace) -> int:
 def lineage_of(session: Session, row: DatasetRow) -> dict[str, Any]:
     """All that the registry knows of a set's past and future."""
     trained = trained_on(session, row.id)
-    runs = [
-        {
-            "name": one.run.name,
-            "status": one.run.status,
-            "folder": one.run.artifacts_uri,
-            "in_mixture": one.link.name or None,
-            "split": one.link.split,
-            "from_position": one.link.from_position,
-        }
-        for one in trained
-    ]
-    checkpoints = [
-        {
-            "run": one.run.name,
-            "step": checkpoint.step,
-            "content_hash": checkpoint.content_hash,
-            "folder": checkpoint.uri,
-            "is_there": Path(checkpoint.uri).exists(),
-            "promoted": checkpoint.promoted,
-        }
-        for one in {one.run.id: one for one in trained}.values()
-        for checkpoint in one.checkpoints
-    ]
-    folders = {run.artifacts_uri for run in session.query(TrainingRunRow)}
-    hashes = {row.content_hash[:12] for one in trained for row in one.checkpoints}
+    once = {one.run.id: one for one in trained}.values()  # a run may read several splits
+    hashes = {made.content_hash[:12] for one in once for made in one.checkpoints}
+    folders = session.scalars(select(TrainingRunRow.artifacts_uri).distinct())
     return {
         "dataset": _named(row),
         "parents": [_relative(one) for one in ancestors_of(session, row.id)],
         "children": [_relative(one) for one in descendants_of(session, row.id)],
-        "runs": runs,
-        "checkpoints": checkpoints,
+        "runs": [_run(row, one) for one in trained],
+        "checkpoints": [_checkpoint(row, one, made) for one in once for made in one.checkpoints],
         "indexes": sorted(_indexes(folders, row.fingerprint[:12], hashes)),
+    }
+
+
+def _run(row: DatasetRow, one: Trained) -> dict[str, Any]:
+    return {
+        "dataset": row.name,
+        "name": one.run.name,
+        "status": one.run.status,
+        "folder": one.run.artifacts_uri,
+        "in_mixture": one.link.name or None,
+        "split": one.link.split,
+        "from_position": one.link.from_position,
+    }
+
+
+def _checkpoint(row: DatasetRow, one: Trained, made: CheckpointRow) -> dict[str, Any]:
+    return {
+        "dataset": row.name,
+        "run": one.run.name,
+        "step": made.step,
+        "content_hash": made.content_hash,
+        "folder": made.uri,
+        "is_there": Path(made.uri).exists(),
+        "promoted": made.promoted,
     }
 
 
@@ -134,28 +141,14 @@ def lineage_tables(found: Mapping[str, Any]) -> list[Table]:
 def trained_tables(found: Mapping[str, Any]) -> list[Table]:
     """What was trained on the set, or made of its items by a model."""
     made = []
-    if found["runs"]:
-        rows = [
-            (
-                one["name"],
-                one["status"],
-                one["in_mixture"],
-                one["split"],
-                one["from_position"],
-                one["folder"],
-            )
-            for one in found["runs"]
-        ]
-        columns = ("run", "status", "in mixture", "split", "from", "folder")
-        made.append(table("runs trained on it", columns, rows))
-    if found["checkpoints"]:
-        kept = [
-            (one["run"], one["step"], one["content_hash"][:12], one["is_there"], one["folder"])
-            for one in found["checkpoints"]
-        ]
-        made.append(
-            table("checkpoints trained on it", ("run", "step", "hash", "is there", "folder"), kept)
-        )
+    for title, columns, values in (
+        ("trained runs", _RUN_COLUMNS, found["runs"]),
+        ("trained checkpoints", _CHECKPOINT_COLUMNS, found["checkpoints"]),
+    ):
+        heads = [name.replace("_", " ") for name in columns]
+        rows = [[one[name] for name in columns] for one in values]
+        if rows:
+            made.append(table(title, heads, rows))
     if found["indexes"]:
         made.append(table("indexes", ("folder",), [(one,) for one in found["indexes"]]))
     return made

@@ -30,7 +30,14 @@ class _Drawn(NamedTuple):
     height: int
 
 
-def png_page(title: str, about: str, cards: Sequence[Card], *, columns: int) -> bytes:
+class PngPage(NamedTuple):
+    """The page, and the characters of its texts for which this machine has no font."""
+
+    png: bytes
+    missing: frozenset[str]
+
+
+def png_page(title: str, about: str, cards: Sequence[Card], *, columns: int) -> PngPage:
     """The page as PNG; each card goes to the column that is the shortest so far."""
     columns = min(columns, len(cards))
     width = columns * (CARD_WIDTH + GAP) + GAP
@@ -46,7 +53,8 @@ def png_page(title: str, about: str, cards: Sequence[Card], *, columns: int) -> 
         parts.append(f'<g transform="translate({x} {heights[column]})">{drawn.svg}</g>')
         heights[column] += drawn.height + GAP
     fonts = choose_fonts([title, about, *_all_texts(cards)])
-    return render_svg("".join(parts), width, max(heights), fonts.files)
+    png = render_svg("".join(parts), width, max(heights), fonts.files)
+    return PngPage(png, fonts.missing)
 
 
 def _card(card: Card) -> _Drawn:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from carillon.engine.config import UserError
-from carillon.engine.data.explore.cards import card_of
+from carillon.engine.data.explore.cards import Card, card_of
 from carillon.engine.data.explore.selection import keyed, parse_conditions, select
 from carillon.engine.data.publish import publish_file
 from carillon.engine.data.shards import Dataset, open_dataset
 from carillon.engine.eval.text_layout import shown
 
-DEFAULT_NUM, MAX_NUM = 24, 1000
+DEFAULT_NUM, MAX_NUM, MAX_NUM_PNG = 24, 1000, 200
 
 EXAMPLES = """examples:
   carillon data show data/emoji --out emoji.html
@@ -52,29 +53,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `carillon data show`. Raises UserError."""
-    kind = args.out.suffix.lower()
-    if kind not in (".html", ".png"):
+    if args.out.suffix.lower() not in (".html", ".png"):
         raise UserError(f"--out {args.out}: name a file that ends in .html or .png")
     for option, value, most in (("num", args.num, MAX_NUM), ("columns", args.columns, 20)):
         if not 1 <= value <= most:
             raise UserError(f"--{option} {value}: 1 to {most:,} are allowed")
     dataset = open_dataset(args.dataset)
     places, how = _chosen(args, dataset)
+    if args.out.suffix.lower() == ".png" and len(places) > MAX_NUM_PNG:
+        raise UserError(f"{len(places):,} items: a PNG has at most {MAX_NUM_PNG}; name an .html")
     languages = [name for name in (args.languages or "").split(",") if name]
     cards = [card_of(dataset, split, row, languages) for split, row in places]
     total = sum(len(split) for split in dataset.splits.values())
     about = f"{len(cards):,} of {total:,} items, {how}; fingerprint {dataset.fingerprint[:16]}"
-    if kind == ".png":
-        from carillon.engine.data.explore.png_page import png_page
-
-        page = png_page(dataset.name, about, cards, columns=args.columns)
-    else:
-        from carillon.engine.data.explore.html_page import html_page
-
-        page = html_page(dataset.name, about, cards)
-    publish_file(args.out, page, parents=True)
+    missing = _write(args.out, dataset.name, about, cards, args.columns)
     damaged = sum(card.error is not None for card in cards)
     print(f"{args.out}: {shown(about)}" + (f"; {damaged:,} cannot be read" if damaged else ""))
+    if missing:
+        print(
+            f"no font of this machine draws {missing:,} of the page's characters: install one "
+            "(Noto Sans has every script), or give an .html file"
+        )
+    return 0
+
+
+def _write(out: Path, name: str, about: str, cards: Sequence[Card], columns: int) -> int:
+    """Write the page; returns how many characters could not be drawn."""
+    if out.suffix.lower() == ".png":
+        from carillon.engine.data.explore.png_page import png_page
+
+        page = png_page(name, about, cards, columns=columns)
+        publish_file(out, page.png, parents=True)
+        return len(page.missing)
+    from carillon.engine.data.explore.html_page import html_page
+
+    publish_file(out, html_page(name, about, cards), parents=True)
     return 0
 
 

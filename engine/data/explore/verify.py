@@ -13,14 +13,14 @@ import json
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from carillon.engine.config import UserError
-from carillon.engine.data.explore.shard_check import Problem, ShardTask, check_shard
+from carillon.engine.data.explore.shard_check import Problem, ShardReport, ShardTask, check_shard
 from carillon.engine.data.explore.terminal import print_tables, size, table
 from carillon.engine.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from carillon.engine.data.shards import open_dataset
@@ -78,35 +78,24 @@ def verify(
     """
     manifest, tasks = _tasks(path)
     total = sum(task.files.size_bytes for task in tasks)
-    problems: list[Problem] = []
-    num_problems = num_samples = done = 0
-    counts = {
-        (split, what): Counter[str]()
-        for split in manifest.splits
-        for what in ("languages", "licences", "modalities")
-    }
-    # Whatever the order in which shards end, problems are told in that of the manifest.
-    reports = dict[int, Any]()
+    reports: dict[int, ShardReport] = {}
+    done = 0
     for number, report in _checked(tasks, workers):
         reports[number] = report
         done += tasks[number].files.size_bytes
         progress(done, total)
-    for number, task in enumerate(tasks):
-        report = reports[number]
-        problems += report.problems
-        num_problems += report.num_problems
-        num_samples += report.num_samples
-        for what, counter in report.counts.items():
-            counts[task.split, what].update(counter)
+    # Whatever the order in which shards ended, problems are told in that of the manifest.
+    ordered = [reports[number] for number in range(len(tasks))]
+    problems = [problem for report in ordered for problem in report.problems]
+    num_problems = sum(report.num_problems for report in ordered)
     if not num_problems and all(task.files.items is not None for task in tasks):
-        wrong = list(_wrong_counts(manifest, counts))
-        problems += wrong
-        num_problems += len(wrong)
+        problems = list(_wrong_counts(manifest, tasks, ordered))
+        num_problems = len(problems)
     return {
         "name": manifest.name,
         "fingerprint": manifest.fingerprint,
         "shards": len(tasks),
-        "samples_read": num_samples,
+        "samples_read": sum(report.num_samples for report in ordered),
         "bytes": total,
         "num_problems": num_problems,
         "problems": [asdict(one) for one in problems],
@@ -131,7 +120,7 @@ def _tasks(path: str) -> tuple[Manifest, list[ShardTask]]:
     return manifest, tasks
 
 
-def _checked(tasks: list[ShardTask], workers: int) -> Iterator[tuple[int, Any]]:
+def _checked(tasks: list[ShardTask], workers: int) -> Iterator[tuple[int, ShardReport]]:
     if workers == 1 or len(tasks) == 1:
         yield from enumerate(map(check_shard, tasks))
         return
@@ -146,14 +135,21 @@ def _checked(tasks: list[ShardTask], workers: int) -> Iterator[tuple[int, Any]]:
 
 
 def _wrong_counts(
-    manifest: Manifest, counts: dict[tuple[str, str], Counter[str]]
+    manifest: Manifest, tasks: Sequence[ShardTask], reports: Sequence[ShardReport]
 ) -> Iterator[Problem]:
-    for (split, what), found in counts.items():
-        said = getattr(manifest.splits[split], what)
-        if dict(said) != dict(found):
-            names = [name for name in {**said, **found} if said.get(name, 0) != found[name]]
-            detail = f"{names[0]}: {said.get(names[0], 0):,} said, {found[names[0]]:,} found"
-            yield Problem(MANIFEST_NAME, None, f"its {what} of {split} are not the set's: {detail}")
+    """What the manifest counts otherwise than the shards."""
+    for split, files in manifest.splits.items():
+        for what in ("languages", "licences", "modalities"):
+            found: Counter[str] = Counter()
+            for task, report in zip(tasks, reports, strict=True):
+                if task.split == split:
+                    found.update(report.counts.get(what, {}))
+            said = getattr(files, what)
+            wrong = [name for name in {**said, **found} if said.get(name, 0) != found[name]]
+            if wrong:
+                detail = f"{wrong[0]}: {said.get(wrong[0], 0):,} said, {found[wrong[0]]:,} found"
+                reason = f"its {what} of {split} are not the set's: {detail}"
+                yield Problem(MANIFEST_NAME, None, reason)
 
 
 def _tell(found: dict[str, Any]) -> None:

@@ -21,18 +21,19 @@ from carillon.engine.data import fetch
 from carillon.engine.data.fetch import Fetcher, FetchError, FetchLimits
 from carillon.engine.data.fetch_address import RefusedAddress, parse_url
 
-QUICK = FetchLimits(max_bytes=100_000, total_s=1.0, idle_s=0.3)
+LIMITS = FetchLimits(max_bytes=100_000, total_s=60.0, idle_s=30.0)
+QUICK = FetchLimits(max_bytes=100_000, total_s=1.0, idle_s=0.3)  # for what has no end
 
 
 def refusal(url: str, fetcher: Fetcher | None = None, **options: Any) -> FetchError:
     with pytest.raises(FetchError) as caught:
-        (fetcher or Fetcher(limits=QUICK)).get(url, **options)
+        (fetcher or Fetcher(limits=LIMITS)).get(url, **options)
     return caught.value
 
 
 @pytest.fixture
 def local(web: Any) -> Fetcher:
-    return Fetcher(allow=[web.address], limits=QUICK)
+    return Fetcher(allow=[web.address], limits=LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_the_address_that_was_checked_is_connected_to(
     """The second answer would lead elsewhere; the connection never asks for it."""
     web.routes["/x"] = b"right"
     asked = answers(monkeypatch, ["127.0.0.1"], ["127.0.0.2"])
-    fetcher = Fetcher(allow=["127.0.0.1/32"], limits=QUICK)
+    fetcher = Fetcher(allow=["127.0.0.1/32"], limits=LIMITS)
     assert fetcher.get(f"http://name.test:{web.server_port}/x").data == b"right"
     assert asked == ["name.test"]
     assert web.seen[0][1]["Host"] == f"name.test:{web.server_port}"
@@ -132,7 +133,7 @@ def test_a_name_that_resolves_differently_the_second_time(
     web.routes["/x"] = redirect("/y")
     web.routes["/y"] = b"secret"
     asked = answers(monkeypatch, ["127.0.0.1"], ["127.0.0.2"])
-    fetcher = Fetcher(allow=["127.0.0.1"], limits=QUICK)
+    fetcher = Fetcher(allow=["127.0.0.1"], limits=LIMITS)
     error = refusal(f"http://name.test:{web.server_port}/x", fetcher)
     assert error.kind == "refused"
     assert asked == ["name.test", "name.test"]
@@ -179,10 +180,10 @@ def test_exceptions_hold_for_what_they_name(web: Any) -> None:
     web.routes["/x"] = b"x"
     port = web.server_port
     for allow in ([f"127.0.0.1:{port}"], ["127.0.0.0/8"], ["127.0.0.1"], ["[::1]:9", "127.0.0.1"]):
-        assert Fetcher(allow=allow, limits=QUICK).get(web.url("/x")).data == b"x"
+        assert Fetcher(allow=allow, limits=LIMITS).get(web.url("/x")).data == b"x"
     for allow in ([f"127.0.0.1:{port + 1}"], ["10.0.0.0/8"], ["localhost"], ["127.0.0.2"]):
-        assert refusal(web.url("/x"), Fetcher(allow=allow, limits=QUICK)).kind == "refused"
-    local = Fetcher(allow=["localhost"], limits=QUICK)
+        assert refusal(web.url("/x"), Fetcher(allow=allow, limits=LIMITS)).kind == "refused"
+    local = Fetcher(allow=["localhost"], limits=LIMITS)
     assert local.get(f"http://localhost:{port}/x").data == b"x"
     for entry in ("2130706433", "a b", "", "http://x", "127.0.0.1/33", "0x7f.1"):
         with pytest.raises(ValueError, match="is no host, address or network"):
@@ -235,7 +236,7 @@ NO_END = {
 def test_what_never_ends_is_cut(web: Any, local: Fetcher, name: str) -> None:
     head, piece, pause_s, kind = NO_END[name]
     web.routes["/x"] = endless(head, piece, pause_s)
-    error = refusal(web.url("/x"), local)
+    error = refusal(web.url("/x"), local, limits=QUICK if kind == "slow" else LIMITS)
     assert error.kind == kind, error
     assert error.passing == (kind in ("slow", "broken"))
 
@@ -327,7 +328,7 @@ def test_a_host_that_is_not_there() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))  # bound, but nobody listens
         port = free.getsockname()[1]
-        error = refusal(f"http://127.0.0.1:{port}/", Fetcher(allow=["127.0.0.1"], limits=QUICK))
+        error = refusal(f"http://127.0.0.1:{port}/", Fetcher(allow=["127.0.0.1"], limits=LIMITS))
     assert (error.kind, error.passing) == ("unreachable", True)
 
 
@@ -339,7 +340,7 @@ def test_a_look_up_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
         return []
 
     monkeypatch.setattr(fetch.socket, "getaddrinfo", look_up)
-    error = refusal("http://slow.test/")
+    error = refusal("http://slow.test/", Fetcher(limits=QUICK))
     stop.set()
     assert (error.kind, error.passing) == ("unreachable", True)
 
@@ -354,7 +355,7 @@ def test_names_of_certificates_are_checked(
     web.socket = context.wrap_socket(web.socket, server_side=True)
     web.routes["/x"] = b"x"
     answers(monkeypatch, ["127.0.0.1"])
-    fetcher = Fetcher(allow=["127.0.0.1"], limits=QUICK)
+    fetcher = Fetcher(allow=["127.0.0.1"], limits=LIMITS)
     assert "self-signed" in str(refusal(f"https://good.test:{web.server_port}/x", fetcher))
     trusting = ssl.create_default_context(cafile=str(certificate))
     monkeypatch.setattr(fetch, "_context", lambda: trusting)

@@ -16,11 +16,14 @@ import soundfile
 from PIL import Image
 
 from carillon.engine.config import UserError
+from carillon.engine.data import store
 from carillon.engine.data.ingest import ingest
 from carillon.engine.data.ingest_items import Columns
 from carillon.engine.data.ingest_loading import FetchOptions
 from carillon.engine.data.ingest_options import IngestOptions
+from carillon.engine.data.ingest_tars import read_tar
 from carillon.engine.data.items import read_items
+from carillon.engine.data.retry import RetryPolicy
 from carillon.engine.data.samples import RawSample
 from carillon.engine.data.shards import Dataset
 
@@ -247,6 +250,32 @@ def test_a_folder_in_an_object_store(s3: Any, tmp_path: Path) -> None:
     assert list(reasons(dataset)) == ["3.png"]
     with pytest.raises(UserError, match="no such object, folder or bucket"):
         ingest(["s3://bucket/set/b/nothing"], tmp_path / "none")
+
+
+def test_a_store_that_fails_stops_the_ingest_and_costs_no_item(
+    web: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what is not there is a rejection."""
+    monkeypatch.setenv("CARILLON_BLOCK_CACHE_GB", "0")
+    quick = RetryPolicy(max_tries=2, first_pause_s=0.01, longest_pause_s=0.02, deadline_s=30)
+    monkeypatch.setattr(store, "POLICY", quick)
+    hostile_tar(tmp_path / "x.tar")
+    content = (tmp_path / "x.tar").read_bytes()
+    web.routes["/x.tar"] = content
+    given = web.url("/x.tar")
+    list(read_tar(given))
+    left = [len(web.seen) + 1]  # enough to list the members, and to ask for the first one's facts
+
+    def route(request: Any) -> None:
+        left[0] -= 1
+        request.give(content) if left[0] >= 0 else request.answer(b"", status=503)
+
+    web.routes["/x.tar"] = route
+    with pytest.raises(UserError, match=r"HTTP status 503.* The same command goes on from here"):
+        ingest([given], tmp_path / "set", options=LENIENT)
+    web.routes["/x.tar"] = content
+    _, found = taken(given, tmp_path / "set")
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("form", ["parquet", "csv", "jsonl"])

@@ -1,6 +1,8 @@
 """Files by name and byte range from a local folder, a web server and S3; stores that fail."""
 
+import json
 import multiprocessing
+import runpy
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from carillon.engine.cli import main as carillon
 from carillon.engine.config import UserError
 from carillon.engine.data import block_cache, object_store, store
 from carillon.engine.data.retry import RetryPolicy
 from carillon.engine.data.shards import Dataset, ShardWriter, open_dataset
 from carillon.engine.data.store import BLOCK_BYTES, StoreError, open_blob, read_whole, store_of
+from carillon.engine.train.run_config import load_config
 
 BYTES = bytes(range(256)) * 12_000  # three blocks, the last one short
 QUICK = RetryPolicy(max_tries=3, first_pause_s=0.01, longest_pause_s=0.02, deadline_s=5)
@@ -145,6 +149,22 @@ def test_a_data_set_is_read_from_s3_as_from_a_folder(s3: Any, tmp_path: Path) ->
         assert [there.read(row) for row in range(40)] == [here.read(row) for row in range(40)]
     with pytest.raises(UserError, match="is remote, and a local data set is needed"):
         _ = remote.path
+
+
+def test_training_from_s3_has_the_losses_of_training_from_a_folder(s3: Any, tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[3]
+    tiny = runpy.run_path(str(root / "tests" / "recipes" / "tiny_set.py"))
+    recipe = str(root / "recipes" / "emoji_quickstart.yaml")
+    upload(s3, tiny["write_set"](tmp_path / "set", load_config(recipe, [])))
+    losses = []
+    for name, place in (("far", "s3://bucket/set"), ("near", str(tmp_path / "set"))):
+        given = [f"data.path={place}", f"logging.output={tmp_path / name}", *tiny["SMALL"]]
+        assert carillon(["train", recipe, *given, "evaluation.bootstrap_samples=10"]) == 0
+        (metrics,) = (tmp_path / name).glob("*/metrics.jsonl")
+        lines = map(json.loads, metrics.read_text().splitlines())
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2
 
 
 def test_a_data_set_is_read_from_a_web_server(web: Any, tmp_path: Path) -> None:

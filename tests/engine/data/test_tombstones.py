@@ -8,6 +8,7 @@ import pytest
 
 from carillon.engine.config import UserError
 from carillon.engine.data.items import media_sha256
+from carillon.engine.data.shards import SampleError, ShardWriter, open_dataset
 from carillon.engine.data.tombstones import (
     NO_MEDIA_SHA256,
     TOMBSTONES_NAME,
@@ -83,3 +84,20 @@ def test_a_damaged_file_stops_everything(
     path.write_bytes(changed.get(change, content))
     with pytest.raises(UserError, match="of version 2" if change == "newer" else "is damaged"):
         tombstones_of([tmp_path])
+
+
+def test_a_writer_refuses_what_was_erased_from_what_it_is_made_of(
+    tombstones: Tombstones, tmp_path: Path
+) -> None:
+    with ShardWriter(tmp_path / "old", name="old", source={}) as writer:
+        writer.write("x", {"png": b"1"}, {})
+        writer.attach(TOMBSTONES_NAME, tombstones.content())
+    for out, how in (("new", {"parents": [tmp_path / "old"]}), ("old", {"overwrite": True})):
+        with ShardWriter(tmp_path / out, name=out, source={}, **how) as writer:  # type: ignore[arg-type]
+            writer.write("fine", {"png": b"2"}, {})
+            with pytest.raises(SampleError, match=r"erased from .* and must not come back"):
+                writer.write("jane-doe", {"png": b"3"}, {})
+            with pytest.raises(SampleError, match=r"erased from .* and must not come back"):
+                writer.write("another-key", MEMBERS, {})
+        assert tombstones_of([tmp_path / out]).erasures == tombstones.erasures
+        assert len(open_dataset(tmp_path / out).splits["train"]) == 1

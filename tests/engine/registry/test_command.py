@@ -47,11 +47,12 @@ def test_list_has_a_line_per_run(
 
 
 @pytest.mark.usefixtures("trained")
-def test_show_has_checkpoints_and_evaluations(
-    location: Path, capsys: pytest.CaptureFixture[str]
+def test_show_has_data_sets_checkpoints_and_evaluations(
+    location: Path, capsys: pytest.CaptureFixture[str], dataset: Dataset
 ) -> None:
     text = output(location, capsys, "show", "emoji")
     assert "ab12cd34ab12" in text
+    assert dataset.fingerprint[:12] in text
     assert "R@1 0.25" in text
     assert "retrieval[small]" in text  # not read as markup
     assert "MRR 0.125" in text

@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
+
+from carillon.engine.registry.lineage import sets_of
+from carillon.engine.registry.store import Registry
+from carillon.engine.registry.tables import TrainingRunRow
 
 Setup = Any  # conftest's
 
@@ -55,6 +60,12 @@ def test_a_set_joins_a_run_under_way(
     late = Counter(key.partition("/")[0] for keys in found[2:] for key in keys)
     assert 4 <= late["third"] <= 20  # half of 24
     assert cut.metrics()[-1]["epoch/third"] == pytest.approx(late["third"] / 12)
+    with Registry.open(cut.run.parent / "registry.sqlite").reading() as session:
+        row = session.scalars(
+            select(TrainingRunRow).where(TrainingRunRow.artifacts_uri == str(cut.run))
+        ).one()
+        read = [(one.link.name, one.link.from_position) for one in sets_of(session, row.id)]
+    assert read == [("first", 0), ("second", 0), ("third", 56)]
     capsys.readouterr()
 
     again = cut.killed_after(5, tmp_path / "again")

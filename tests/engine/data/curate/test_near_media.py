@@ -1,7 +1,7 @@
 """Sounds and videos: copies are found through codecs, cuts and sizes; others are left alone."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +20,6 @@ from carillon.engine.data.curate.stages.near_videos import NearVideos
 from carillon.engine.data.decode.audio import decode_audio
 from carillon.engine.data.samples import RawSample
 from carillon.engine.data.shards import open_dataset
-
-SPEECH = Path(__file__).resolve().parents[5] / "shared" / "data" / "esc10"
 
 
 def tones(seed: int, seconds: float = 6.0, rate: int = 16_000) -> Any:
@@ -77,9 +75,9 @@ def test_silence_and_short_sounds_have_no_fingerprint() -> None:
     assert decide(NearSounds(), [{"flac": encoded(np.zeros(32_000))}] * 2) == {}
 
 
-def test_real_sounds_are_told_apart() -> None:
+def test_real_sounds_are_told_apart(real_data: Callable[[str], Path]) -> None:
     """40 of ESC-10: each is its own, and each one's copy by Vorbis at low quality is found."""
-    (split,) = open_dataset(SPEECH).splits.values()
+    (split,) = open_dataset(real_data("esc10")).splits.values()
     sounds = [split.read(row).medium("audio") for row in range(0, 160, 4)]
     copies = []
     for sound in sounds[:10]:

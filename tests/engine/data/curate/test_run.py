@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from carillon.engine.config import UserError
 from carillon.engine.data.curate.run import CurateOptions, curate
 from carillon.engine.data.shards import Dataset, open_dataset
+from carillon.engine.data.tombstones import TOMBSTONES_NAME, Tombstones, tombstones_of
 
 STAGES = (
     {"type": "picture_size", "min_side": 100},
@@ -290,3 +292,26 @@ KILL_IN_PASS_3 = (
     "import os, signal; from carillon.engine.data import shard_writer; "
     "shard_writer.publish_folder = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
 )
+
+
+def test_what_was_erased_does_not_come_back(
+    noisy: Path, tools: SimpleNamespace, tmp_path: Path
+) -> None:
+    parent = shutil.copytree(noisy, tmp_path / "parent")
+    dataset = open_dataset(parent)
+    tombstones = Tombstones().with_erasure(
+        dataset="noisy",
+        fingerprint=dataset.fingerprint,
+        erased_at="2026-11-25T00:00:00Z",
+        reason="request",
+        requested_by="Ada",
+        items=[("scene02", "0" * 64)],
+    )
+    (parent / TOMBSTONES_NAME).write_bytes(tombstones.content())
+    out = tmp_path / "out"
+    found, _ = curate(tools.pipeline(*STAGES), [str(parent)], out)
+    assert "scene02" not in keys(found)
+    assert removed(out)["scene02"]["stage"] == "tombstones"
+    assert "must not come back" in removed(out)["scene02"]["reason"]
+    assert found.manifest.source["erased"] == 1
+    assert tombstones_of([out]).erasures == tombstones.erasures

@@ -1,7 +1,7 @@
 """Stages that compare items: which of them goes, for which that stays."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,9 @@ from carillon.engine.data.curate.item import Item
 from carillon.engine.data.curate.near_pairs import near_pairs
 from carillon.engine.data.curate.stage import Population, SetStage, keep_first
 from carillon.engine.data.curate.stages.balance import Balance
+from carillon.engine.data.decode.image import decode_rgb
 from carillon.engine.data.samples import RawSample
+from carillon.engine.data.shards import open_dataset
 
 
 def set_stage(kind: str, **settings: Any) -> SetStage:
@@ -112,6 +114,20 @@ def test_near_pictures_survive_what_a_copy_goes_through(tools: SimpleNamespace) 
     items = [item(one.convert("RGB")) for one in [*pictures, *copies]]
     judged = population(signatures(stage, items))
     assert gone(stage.decide(judged)) == {30: 0, 31: 1, 32: 2, 33: 3}
+
+
+def test_real_photos_of_one_kind_are_told_apart(real_data: Callable[[str], Path]) -> None:
+    """Clothing on plain grounds is alike, yet of 60 pictures none goes but the planted copies."""
+    (split,) = open_dataset(real_data("clothing_cc0")).splits.values()
+    pictures = [decode_rgb(split.read(row).medium("image")) for row in range(60)]
+    copies = []
+    for picture in pictures[:6]:
+        w, h = picture.size
+        cropped = picture.crop((0, h // 20, w * 9 // 10, h * 19 // 20)).resize((w // 2, h // 2))
+        copies.append(cropped)
+    stage = set_stage("near_pictures")
+    judged = population(signatures(stage, [item(one) for one in [*pictures, *copies]]))
+    assert gone(stage.decide(judged)) == {60 + i: i for i in range(6)}
 
 
 def test_other_colours_and_other_details_are_other_pictures(tools: SimpleNamespace) -> None:

@@ -76,6 +76,18 @@ def test_a_whole_flac_has_the_samples_of_libsndfile(subtype: str) -> None:
     assert np.array_equal(decode_audio(buffer.getvalue()).samples, theirs.T)
 
 
+def test_a_plain_wav_has_the_samples_of_libsndfile() -> None:
+    noise = np.random.default_rng(6).uniform(-1, 1, (5000, 3))
+    noise[:2] = [[-1, 1, 0], [1, -1, 2.0**-15]]
+    buffer = io.BytesIO()
+    soundfile.write(buffer, noise, 44_100, subtype="PCM_16", format="WAV")
+    theirs, _ = soundfile.read(io.BytesIO(buffer.getvalue()), dtype="float32")
+    assert np.array_equal(decode_audio(buffer.getvalue()).samples, theirs.T)
+    extra = b"LIST\x03\0\0\0abc\0"  # a chunk of odd length before the format
+    data = buffer.getvalue()[:12] + extra + buffer.getvalue()[12:]
+    assert np.array_equal(decode_audio(data).samples, theirs.T)
+
+
 def test_a_flac_with_flipped_bits_is_refused() -> None:
     data = bytearray(encoded(tone(16_000), 16_000, "flac"))
     data[len(data) // 2] ^= 0x10

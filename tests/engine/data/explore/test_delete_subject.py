@@ -129,10 +129,15 @@ def test_what_was_trained_on_it_is_listed(
     registry.add_checkpoint(run, 5, uri=folder / "step-5", content_hash=HASH)
     registry.start_run("other", config_hash="c", params={}, artifacts_uri=tmp_path / "other")
     found = run_json(*ADA)
-    assert [(one["name"], one["in_mixture"], one["split"]) for one in found["runs"]] == [
-        ("r-1", "a", "train")
+    assert [(one["dataset"], one["name"], one["in_mixture"]) for one in found["runs"]] == [
+        ("small", "r-1", "a"),
+        ("child", "r-1", "b"),
     ]
-    assert [(one["step"], one["content_hash"]) for one in found["checkpoints"]] == [(5, HASH)]
+    assert [(one["dataset"], one["step"]) for one in found["checkpoints"]] == [
+        ("small", 5),
+        ("child", 5),
+    ]
+    assert {one["content_hash"] for one in found["checkpoints"]} == {HASH}
     assert len(found["indexes"]) == 2
     (holder,) = found["also_held_by"]
     assert (holder["name"], holder["num_items"], holder["note"]) == (

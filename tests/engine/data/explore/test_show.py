@@ -155,6 +155,16 @@ def test_png_has_cards_beside_each_other(
         assert near.sum() > 40 * 30
 
 
+def test_characters_without_a_font_are_told(
+    dataset: Dataset, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("carillon.engine.eval.fonts._candidates", lambda folders: ())
+    with ShardWriter(Path("lone"), name="lone", source={}) as writer:
+        writer.write("k", {}, {"captions": {"ja": ["犬が"]}})
+    assert "no font of this machine draws 2 of" in run("show", "lone", "--out", "page.png")
+    assert "font" not in run("show", "small", "--out", "page.png")
+
+
 def test_a_damaged_item_is_shown_with_its_reason(
     dataset: Dataset, tmp_path: Path, run: Callable[..., str]
 ) -> None:

@@ -1,10 +1,10 @@
 import pytest
 
-from carillon.engine.data.emoji_concepts import (
+from carillon.engine.data.sets.build import is_heldout
+from carillon.engine.data.sets.emoji_concepts import (
     base_concept,
     concept_of_hex,
     concept_of_text,
-    is_heldout,
 )
 
 

@@ -12,18 +12,13 @@ import pytest
 from PIL import Image
 
 from carillon.engine.config import UserError
-from carillon.engine.data import emoji
 from carillon.engine.data.decode.image import decode_image
-from carillon.engine.data.emoji import build_emoji, summary
-from carillon.engine.data.emoji_concepts import base_concept, is_heldout
-from carillon.engine.data.emoji_sources import (
-    SOURCES,
-    Pack,
-    Package,
-    Sources,
-    locate_packages,
-    read_members,
-)
+from carillon.engine.data.sets import emoji
+from carillon.engine.data.sets.build import is_heldout, summary
+from carillon.engine.data.sets.emoji import build_emoji
+from carillon.engine.data.sets.emoji_concepts import base_concept
+from carillon.engine.data.sets.emoji_sources import SOURCES, Pack, Sources
+from carillon.engine.data.sets.npm import Package, locate_packages, read_members
 from carillon.engine.data.shards import Dataset, RawSample
 
 
@@ -33,10 +28,10 @@ def package(name: str) -> Package:
 
 TINY = Sources(
     packs=(
-        Pack(vendor="joined", package=package("@x/joined"), licence="CC-BY-4.0"),
-        Pack(vendor="noto", package=package("@x/noto"), licence="Apache-2.0"),
-        Pack(vendor="openmoji", package=package("@x/openmoji"), licence="CC-BY-SA-4.0"),
-        Pack(vendor="raster", package=package("@x/raster"), licence="MIT", raster=True),
+        Pack(vendor="joined", package=package("@x/joined"), licence="CC-BY-4.0", author="A"),
+        Pack(vendor="noto", package=package("@x/noto"), licence="Apache-2.0", author="A"),
+        Pack(vendor="openmoji", package=package("@x/openmoji"), licence="CC-BY-SA-4.0", author="A"),
+        Pack(vendor="raster", package=package("@x/raster"), licence="MIT", author="A", raster=True),
     ),
     names=package("names"),
     derived_names=package("derived"),
@@ -153,6 +148,9 @@ def test_pictures_are_joined_with_names_and_split(tmp_path: Path) -> None:
     assert meta["keywords"] == {"en": ["word"], "fr": ["word"]}
     assert (meta["base_concept"], meta["licence"]) == ("1f44d", "Apache-2.0")
     assert meta["caption_licence"] == "Unicode-3.0"
+    assert meta["author"] == "A"
+    assert meta["licence_source"] == "npm:@x/noto@1.0.0 package/package.json"
+    assert meta["media"] == {"webp": {"width": 32, "height": 32}}
     assert meta["source"] == "npm:@x/noto@1.0.0"
     assert samples["raster-1f408"][1].meta["captions"] == {"en": ["cat"]}
 
@@ -222,14 +220,14 @@ def test_missing_packages_are_named(tmp_path: Path) -> None:
     data = write_packages(tmp_path / "npm")
     (data / "x-noto-1.0.0.tgz").unlink()
     with pytest.raises(UserError, match=r"lacks x-noto-1\.0\.0\.tgz.*npm pack @x/noto@1\.0\.0"):
-        locate_packages(TINY, data)
+        locate_packages(TINY.packages, data)
 
 
 def test_without_npm_the_way_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"npm was not found\. Install Node\.js .* --data"):
-        locate_packages(SOURCES, None)
+        locate_packages(SOURCES.packages, None)
 
 
 def test_npm_is_asked_once_for_what_is_missing(
@@ -242,15 +240,15 @@ def test_npm_is_asked_once_for_what_is_missing(
     npm.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", f"{npm.parent}:/usr/bin:/bin")
-    folder = locate_packages(TINY, None)
-    assert folder == locate_packages(TINY, None) == tmp_path / "cache" / "carillon" / "npm"
+    folder = locate_packages(TINY.packages, None)
+    assert folder == locate_packages(TINY.packages, None) == tmp_path / "cache" / "carillon" / "npm"
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 1
     assert all(package.spec in calls[0] for package in TINY.packages)
     npm.write_text("#!/bin/sh\necho 'ENOTFOUND registry' >&2\nexit 1\n")
     (folder / "x-noto-1.0.0.tgz").unlink()
     with pytest.raises(UserError, match=r"`npm pack` failed \(1\): ENOTFOUND registry"):
-        locate_packages(TINY, None)
+        locate_packages(TINY.packages, None)
 
 
 def test_a_swapped_package_is_refused(tmp_path: Path) -> None:
@@ -258,10 +256,10 @@ def test_a_swapped_package_is_refused(tmp_path: Path) -> None:
     names = data / TINY.names.file
     good = Package(spec=TINY.names.spec, sha256=hashlib.sha256(names.read_bytes()).hexdigest())
     sources = Sources(packs=TINY.packs, names=good, derived_names=TINY.derived_names)
-    assert locate_packages(sources, data) == data
+    assert locate_packages(sources.packages, data) == data
     names.write_bytes(names.read_bytes() + b"x")
     with pytest.raises(UserError, match="not what was published"):
-        locate_packages(sources, data)
+        locate_packages(sources.packages, data)
 
 
 def test_a_damaged_package_is_one_message(tmp_path: Path) -> None:
@@ -292,7 +290,7 @@ def test_the_command_prints_what_the_set_holds(
     assert emoji.main(parser.parse_args([*options, "--workers", "1"])) == 0
     printed = capsys.readouterr().out
     assert "train" in printed
-    assert "captions: en 10, fr 9" in printed
+    assert "texts: en 10, fr 9" in printed
     assert "Apache-2.0 4, CC-BY-4.0 1, CC-BY-SA-4.0 3, MIT 2" in printed
 
 

@@ -1,4 +1,4 @@
-"""Reads the packages of the emoji set: names by concept, and pictures joined with concepts.
+"""Reads the pictures of the emoji set's packages, joined with concepts.
 
 An Iconify pack lists its icons' code points in chars.json; the older ones do not and are joined by
 icon name with the naming pack. SVG bodies become whole documents, not yet rendered.
@@ -6,17 +6,20 @@ icon name with the naming pack. SVG bodies become whole documents, not yet rende
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from carillon.engine.config import UserError
-from carillon.engine.data.emoji_concepts import concept_of_hex, concept_of_text
-from carillon.engine.data.emoji_sources import Pack, Sources, read_json, read_members
+from carillon.engine.data.sets.emoji_concepts import concept_of_hex
+from carillon.engine.data.sets.emoji_sources import Pack, Sources
+from carillon.engine.data.sets.npm import read_json, read_members
 
-Names = dict[str, dict[str, tuple[str, list[str]]]]
-
+_MAX_SIDE = 4096
 _FORBIDDEN = ("<image", "<text", "<script", "<foreignObject", "<!")
 
 
@@ -27,28 +30,6 @@ class Picture:
     concept: str
     pack: Pack
     content: str | bytes
-
-
-def read_names(folder: Path, sources: Sources, languages: Sequence[str]) -> Names:
-    """concept -> language -> (short name, keywords)."""
-    names: Names = {}
-    for package, kind in (
-        (sources.names, "annotations"),
-        (sources.derived_names, "annotationsDerived"),
-    ):
-        path = folder / package.file
-        members = read_members(path)
-        known = sorted(name.split("/")[2] for name in members if name.count("/") == 3)
-        for language in languages:
-            if language not in known:
-                raise UserError(f"--languages {language}: CLDR has {', '.join(known)}")
-            member = f"package/{kind}/{language}/annotations.json"
-            annotations = read_json(members, member, path)[kind]["annotations"]
-            for characters, entry in annotations.items():
-                if name := next(iter(entry.get("tts", [])), ""):
-                    by_language = names.setdefault(concept_of_text(characters), {})
-                    by_language.setdefault(language, (name, entry.get("default", [])))
-    return names
 
 
 def read_pictures(
@@ -75,6 +56,30 @@ def read_pictures(
     if not pictures:
         raise UserError(f"no picture in {folder} has a name in the languages asked for")
     return sorted(pictures, key=lambda picture: (picture.concept, picture.pack.vendor))
+
+
+def draw_picture(content: str | bytes, side: int) -> Image.Image:
+    """A picture's content with its transparency, `side` pixels square. Raises UserError."""
+    if isinstance(content, bytes):
+        file = io.BytesIO(content)
+    else:
+        import resvg_py
+
+        svg = content.replace('"SIZE"', f'"{side}"')
+        try:
+            # Loading system fonts would cost 20 times the rendering and differ by machine.
+            file = io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)))
+        except ValueError as error:
+            raise UserError(f"a picture of the packages cannot be rendered: {error}") from None
+    try:
+        with Image.open(file, formats=["PNG", "WEBP"]) as image:
+            if max(image.size) > _MAX_SIDE:
+                raise UserError(f"a picture of the packages has {image.width} x {image.height}")
+            # Premultiplied, so that the colour of clear pixels does not bleed into the rim.
+            drawn = image.convert("RGBA").convert("RGBa")
+            return drawn.resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"a picture of the packages cannot be read: {error}") from None
 
 
 def _join(

@@ -8,10 +8,6 @@ would otherwise be one concept. Hold-out goes by base concept, so no variant lea
 
 from __future__ import annotations
 
-import hashlib
-
-HELDOUT_ONE_IN = 10
-
 _VARIATION = "fe0f"
 _ZWJ = "200d"
 _SKIN_TONES = frozenset(f"{0x1F3FB + number:x}" for number in range(5))
@@ -65,9 +61,3 @@ def base_concept(concept: str) -> str:
     if tuple(parts) == _HANDSHAKE:
         return "1f91d"
     return "-".join(parts) if people else parts[0]
-
-
-def is_heldout(base: str) -> bool:
-    """Whether a base concept belongs to the held-out tenth: by hash, so for ever."""
-    digest = hashlib.sha256(base.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % HELDOUT_ONE_IN == 0
