@@ -213,9 +213,9 @@ def only_set(config: DataConfig) -> OpenedSet:
     if config.mixture:
         names = ", ".join(config.mixture)
         raise UserError(
-            f"the run reads a mixture of {names}: name the path of a set, by --data of a command, or "
-            "by evaluation.retrieval.NAME.path in a recipe (evaluation.in_training.every=0 scores "
-            "nothing while training)"
+            f"the run reads a mixture of {names}: name the path of a set, by --data of a command, "
+            "or by evaluation.retrieval.NAME.path in a recipe (evaluation.in_training.every=0: "
+            "no scores while training)"
         )
     return open_training(config)[0]
 
