@@ -59,7 +59,7 @@ def test_items_that_crash_hang_or_fill_the_memory_are_quarantined(
     actions = ["", "crash", "", "hang", "memory", "raise", "", "once"]
     samples = [tools.sample(f"item{i}", i, do=what) for i, what in enumerate(actions)]
     source = tools.write_set(tmp_path / "source", samples)
-    pipeline = Pipeline(stages=(hostile(),), max_bad_share=0.9, item_timeout_s=1.5)
+    pipeline = Pipeline(stages=(hostile(),), max_bad_share=0.9, item_timeout_s=6)
     options = CurateOptions(workers=2, memory_limit_bytes=4 << 30)
     dataset, _ = curate(pipeline, [str(source)], tmp_path / "clean", options=options)
     split = dataset.splits["train"]
