@@ -131,8 +131,9 @@ def test_killed_again_and_again_it_loses_nothing_and_gives_the_same_bytes(
         if process.returncode != -signal.SIGKILL:
             assert process.returncode == 0, said.decode()
             break  # it was done before
+        if killed.exists():
+            break  # it was published before, and killed on its way out
         kills.append(num_done(killed))
-        assert not killed.exists()
         assert kills[-1] >= before
     assert len(kills) >= 3
     if not killed.exists():

@@ -271,7 +271,7 @@ def test_a_store_that_fails_stops_the_ingest_and_costs_no_item(
         request.give(content) if left[0] >= 0 else request.answer(b"", status=503)
 
     web.routes["/x.tar"] = route
-    with pytest.raises(UserError, match=r"HTTP status 503.* The same command goes on from here"):
+    with pytest.raises(UserError, match="HTTP status 503"):  # at the listing, or at an item
         ingest([given], tmp_path / "set", options=LENIENT)
     web.routes["/x.tar"] = content
     _, found = taken(given, tmp_path / "set")

@@ -52,7 +52,7 @@ def test_captions_of_a_row_count_each_for_itself() -> None:
     model = build_decoder(config, vocab_size=50, device="meta")
     offsets = torch.tensor([[0, 3, 8, 12, 12], [0, 5, 5, 9, 12]], dtype=torch.int32)
     rows = PackedRows.of(torch.zeros(2, 12, dtype=torch.long), offsets)
-    work = work_of_rows(CaptionRows(rows, keys=[], bad=[]), model.flops_per_token)
+    work = work_of_rows(CaptionRows(rows, [], [], 0, {}), model.flops_per_token)
     real = sum(length * model.flops_per_token(length) for length in (3, 5, 4, 5, 4))
     assert work.tokens == 21
     assert work.flops == 3 * real
