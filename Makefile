@@ -53,7 +53,7 @@ test: install-dev  ## lint, types and the whole CPU suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 asan: install-dev  ## the CPU operators' tests under AddressSanitizer and UBSan (3 minutes)
 	bash tests/kernels/sanitizers/run.sh $(BIN)/python

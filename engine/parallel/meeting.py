@@ -18,10 +18,11 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn
@@ -74,6 +75,16 @@ def _leave() -> NoReturn:
     raise SystemExit(EXIT_USER_ERROR)
 
 
+def _end_now(code: int) -> NoReturn:
+    """Without the interpreter's own end: the thread of the meeting waits in C++, and one that comes
+    back from there while Python ends aborts the process ("terminate called ...")."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, RuntimeError):  # it may be in the midst of a line
+            stream.flush()
+    os._exit(code)
+
+
 class _Meeting:
     """One process's side; `hold` runs in the thread, the rest is read by who waits for it."""
 
@@ -124,8 +135,8 @@ class _Meeting:
                 self.is_told = True
                 say(self.problem)
             if self.is_told:
-                _leave()
-            raise SystemExit(EXIT_REQUEUE if number == signal.SIGUSR1 else 128 + number)
+                _end_now(EXIT_USER_ERROR)
+            _end_now(EXIT_REQUEUE if number == signal.SIGUSR1 else 128 + number)
 
         before = {kind: signal.signal(kind, end) for kind in (signal.SIGTERM, signal.SIGUSR1)}
         try:
