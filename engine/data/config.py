@@ -99,7 +99,10 @@ class SetConfig:
     shards: tuple[str, ...] = setting((), "Instead of path: tar files or brace patterns.")
     split: str | None = setting(None, "Split to train on; none: `train`, or the set's only split.")
     weight: float | None = setting(
-        None, "Share of the samples, over the sum of all weights; none: its number of rows.", min=0
+        None,
+        "Share of the samples, over the sum of all weights; none: its number of rows.",
+        min=0,
+        max=1e12,
     )
 
     def check(self) -> Iterator[str]:

@@ -11,9 +11,11 @@ Trade-off: shares are multiples of 1/PERIOD; one below half of that is refused, 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -110,32 +112,33 @@ class Mixture:
 
 def _counts(shares: Sequence[Share], position: int) -> NDArray[np.int64]:
     """Places in a period of the sets that have joined at a position, by largest remainders."""
-    weights = np.array([s.weight if s.from_position <= position else 0.0 for s in shares])
-    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
+    there = [share.weight if share.from_position <= position else 0.0 for share in shares]
+    if not all(0 <= weight < math.inf for weight in there) or not any(there):
         raise ValueError(
             f"at position {position:,} no set has a weight above 0: the first of a mixture have "
             "from_position 0 and finite weights"
         )
-    exact = weights / weights.sum() * PERIOD
-    counts: NDArray[np.int64] = np.floor(exact).astype(np.int64)
-    largest = np.argsort(counts - exact, kind="stable")[: PERIOD - int(counts.sum())]
-    counts[largest] += 1
-    for share, weight, count in zip(shares, weights, counts, strict=True):
+    # Exact: with floats, sets that come later could turn the rounding of those before them.
+    total = sum(map(Fraction, there))
+    exact = [Fraction(weight) * PERIOD / total for weight in there]
+    counts = [math.floor(places) for places in exact]
+    by_remainder = sorted(range(len(there)), key=lambda i: (counts[i] - exact[i], i))
+    for number in by_remainder[: PERIOD - sum(counts)]:
+        counts[number] += 1
+    for share, weight, count in zip(shares, there, counts, strict=True):
         if weight > 0 and count == 0:
             raise ValueError(
-                f"{share.name}: a share of {weight / weights.sum():.1e} is too small; at least "
+                f"{share.name}: a share of {float(weight / total):.1e} is too small; at least "
                 f"{1 / PERIOD:.1e} is needed. Raise its weight or leave it out."
             )
-    return counts
+    return np.array(counts)
 
 
-def shares_by_size(
+def tempered(
     sizes: Sequence[int], weights: Sequence[float | None], temperature: float
 ) -> list[float]:
-    """Shares of sets: weights, or sizes where none is given, to the power 1/temperature, over
-    their sum. 1 keeps them, larger values make them more alike (Conneau et al. 2020, XLM-R,
-    equation in section 3.1, with alpha = 1/temperature)."""
+    """Weights, or sizes where none is given, to the power 1/temperature: 1 keeps them, larger
+    values make them more alike (Conneau et al. 2020, XLM-R, equation in section 3.1, with
+    alpha = 1/temperature). Each follows from its own set alone."""
     given = [float(n) if w is None else w for n, w in zip(sizes, weights, strict=True)]
-    top = max(given, default=0.0)
-    raised = [(w / top) ** (1 / temperature) if w > 0 else 0.0 for w in given]
-    return [w / sum(raised) for w in raised] if top > 0 else raised
+    return [weight ** (1 / temperature) for weight in given]

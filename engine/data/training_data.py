@@ -15,7 +15,7 @@ import numpy as np
 
 from carillon.engine.config import UserError
 from carillon.engine.data.config import DataConfig, JoinConfig, SetConfig
-from carillon.engine.data.mixing import Mixture, Share, shares_by_size
+from carillon.engine.data.mixing import Mixture, Share, tempered
 from carillon.engine.data.order import BlockOrder, HeldOut, Positions, SampleOrder, stable_hash
 from carillon.engine.data.samples import RawSample, SampleError
 from carillon.engine.data.shards import Dataset, Split, open_dataset
@@ -184,9 +184,7 @@ class TrainingData:
         temperature = self.config.mixture_temperature
         shares = [
             Share(name=one.name, weight=weight, from_position=_joins_at(one.config))
-            for one, weight in zip(
-                self.sets, shares_by_size(sizes, weights, temperature), strict=True
-            )
+            for one, weight in zip(self.sets, tempered(sizes, weights, temperature), strict=True)
         ]
         try:
             return Mixture(shares, self.seed)
@@ -224,11 +222,24 @@ def language_weights(config: DataConfig, sets: Sequence[OpenedSet]) -> Mapping[s
     """The weight of each language in the choice of a caption.
 
     With `language_temperature` T a language of n captions is chosen as often as n^(1/T) says: its
-    weight is n^(1/T) / n, times what `language_weights` gives it. Raises UserError where the sets
-    do not say how many captions they have.
+    weight is n^(1/T) / n, times what `language_weights` gives it. A set that joins changes no
+    weight of a language that was there, so no choice before it. Raises UserError where the sets do
+    not say how many captions they have.
     """
     if config.language_temperature is None:
         return config.language_weights
+    joining = [one for one in sets if isinstance(one.config, JoinConfig)]
+    first = _captions_by_language([one for one in sets if one not in joining])
+    counts = _captions_by_language(joining) | first
+    power = 1 / config.language_temperature - 1
+    return {
+        language: config.language_weights.get(language, 1.0) * num**power
+        for language, num in counts.items()
+        if num
+    }
+
+
+def _captions_by_language(sets: Sequence[OpenedSet]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for one in sets:
         of_split = one.dataset.manifest.splits[one.split.name].languages
@@ -239,12 +250,7 @@ def language_weights(config: DataConfig, sets: Sequence[OpenedSet]) -> Mapping[s
             )
         for language, num in of_split.items():
             counts[language] = counts.get(language, 0) + num
-    power = 1 / config.language_temperature - 1
-    return {
-        language: config.language_weights.get(language, 1.0) * num**power
-        for language, num in counts.items()
-        if num
-    }
+    return counts
 
 
 def _joins_at(config: SetConfig) -> int:

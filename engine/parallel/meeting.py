@@ -12,6 +12,7 @@ Left out: a process lost after the verdict; the watchdog finds it.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import os
@@ -57,36 +58,30 @@ def meet(
     code 2), after one of them told why, when there is one or the processes do not come together.
     """
     meeting = _Meeting(place, timeout_s, settings, problem)
-    thread = threading.Thread(target=meeting.hold, daemon=True, name="meeting")
     with meeting.ended_by_signals():
-        thread.start()
-        while thread.is_alive() and time.monotonic() < meeting.until + _LAG_S:
-            thread.join(_POLL_S)
+        threading.Thread(target=meeting.run, daemon=True, name="meeting").start()
+        while not meeting.ended.wait(_POLL_S) and time.monotonic() < meeting.until + _LAG_S:
+            pass
     if meeting.agreed is not None:
         return meeting.agreed
     if not meeting.is_told:
         say(problem or meeting.refusal)
-    _leave()
+    meeting.leave(EXIT_USER_ERROR)
 
 
-def _leave() -> NoReturn:
-    # The launcher ends those who are left when the first has gone; all end with the same code.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise SystemExit(EXIT_USER_ERROR)
-
-
-def _end_now(code: int) -> NoReturn:
-    """Without the interpreter's own end: the thread of the meeting waits in C++, and one that comes
-    back from there while Python ends aborts the process ("terminate called ...")."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _end_before_python(ended: threading.Event, code: int) -> None:
+    """At exit: a thread that comes back from C++ while Python ends aborts the process ("terminate
+    called without an active exception"), so Python does not end while the meeting's may."""
+    if ended.is_set():
+        return
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, RuntimeError):  # it may be in the midst of a line
+        with suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
 
 
 class _Meeting:
-    """One process's side; `hold` runs in the thread, the rest is read by who waits for it."""
+    """One process's side; `run` runs in the thread, the rest is read by who waits for it."""
 
     def __init__(
         self, place: Place, timeout_s: float, settings: Mapping[str, Any], problem: str | None
@@ -108,7 +103,15 @@ class _Meeting:
         }
         self._quiet_until = time.monotonic() + min(_QUIET_S, timeout_s / 2)
         self._poll_s = max(_POLL_S, place.size / 2000)  # thousands do not flood the store
+        self.ended = threading.Event()  # not Thread.is_alive: wrong once a signal left a join
         self._prefix = f"carillon/{next(_meetings)}"
+
+    def run(self) -> None:
+        """What the thread does."""
+        try:
+            self.hold()
+        finally:
+            self.ended.set()
 
     def hold(self) -> None:
         try:
@@ -126,6 +129,13 @@ class _Meeting:
         except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
             self.refusal = explained(str(error).split("\n", 1)[0], self.place)
 
+    def leave(self, code: int) -> NoReturn:
+        """End the process, once what is under way in it has been left."""
+        # The launcher ends those who are left when the first has gone; all end with the same code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        atexit.register(_end_before_python, self.ended, code)
+        raise SystemExit(code)
+
     @contextmanager
     def ended_by_signals(self) -> Iterator[None]:
         """Inside nothing is begun, so a signal ends the process; Slurm's asks for another start."""
@@ -135,8 +145,8 @@ class _Meeting:
                 self.is_told = True
                 say(self.problem)
             if self.is_told:
-                _end_now(EXIT_USER_ERROR)
-            _end_now(EXIT_REQUEUE if number == signal.SIGUSR1 else 128 + number)
+                self.leave(EXIT_USER_ERROR)
+            self.leave(EXIT_REQUEUE if number == signal.SIGUSR1 else 128 + number)
 
         before = {kind: signal.signal(kind, end) for kind in (signal.SIGTERM, signal.SIGUSR1)}
         try:

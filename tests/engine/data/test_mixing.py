@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carillon.engine.data.mixing import PERIOD, Mixture, Share, shares_by_size
+from carillon.engine.data.mixing import PERIOD, Mixture, Share, tempered
 
 
 def mixture(*weights: float, seed: int = 0) -> Mixture:
@@ -71,6 +71,34 @@ def test_a_set_that_joins_changes_nothing_before_it() -> None:
     assert after.draws[after.sets == 2][0] == 0
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 10**9), min_size=1, max_size=6),
+    later=st.lists(st.integers(1, 10**9), min_size=1, max_size=6),
+    temperature=st.sampled_from([0.5, 1.0, 1.7, 3.0]),
+)
+def test_sets_that_join_turn_no_rounding_of_those_before_them(
+    sizes: list[int], later: list[int], temperature: float
+) -> None:
+    """Also where shares tie, as three sets of one size do."""
+    sizes = [*sizes, sizes[0], sizes[0]]
+
+    def places(joins: list[int]) -> np.ndarray:
+        all_sizes = [*sizes, *joins]
+        weights = tempered(all_sizes, [None] * len(all_sizes), temperature)
+        shares = [
+            Share(name=str(n), weight=weight, from_position=0 if n < len(sizes) else 1 + PERIOD)
+            for n, weight in enumerate(weights)
+        ]
+        return Mixture(shares, 1).places(np.arange(PERIOD)).sets
+
+    try:
+        alone, together = places([]), places(later)
+    except ValueError:  # a share too small, of either
+        return
+    assert np.array_equal(alone, together)
+
+
 def test_ten_billion_positions_in_need_no_table_of_their_size() -> None:
     far = np.arange(10**13, 10**13 + 1000)
     sets, index = mixture(1, 3).places(far)
@@ -106,7 +134,7 @@ def test_what_is_no_mixture_is_refused(shares: list[Share], message: str) -> Non
 
 
 def test_temperature_makes_shares_more_alike() -> None:
-    assert shares_by_size([100, 300], [None, None], 1.0) == [0.25, 0.75]
-    assert shares_by_size([100, 10_000], [None, None], 2.0) == pytest.approx([1 / 11, 10 / 11])
-    assert shares_by_size([7, 7], [1.0, 3.0], 1.0) == [0.25, 0.75]
-    assert shares_by_size([7, 7], [0.0, 3.0], 5.0) == [0.0, 1.0]
+    assert tempered([100, 300], [None, None], 1.0) == [100, 300]
+    assert tempered([100, 10_000], [None, None], 2.0) == pytest.approx([10, 100])
+    assert tempered([7, 7], [1.0, 3.0], 1.0) == [1, 3]
+    assert tempered([7, 7], [0.0, 32.0], 5.0) == pytest.approx([0, 2])

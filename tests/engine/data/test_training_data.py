@@ -123,6 +123,8 @@ def test_languages_are_chosen_by_their_numbers_and_the_temperature(sets: dict[st
 
     assert weights() == {}
     assert weights(language_temperature=1.0) == {"en": 1.0, "fr": 1.0}
+    joined = {"late": 500}
+    assert weights(language_temperature=2.0, joins=joined) == weights(language_temperature=2.0)
     found = weights(language_temperature=2.0, language_weights={"fr": 3.0})
     assert found["en"] == pytest.approx(120**-0.5)
     assert found["fr"] == pytest.approx(3 * 12**-0.5)
