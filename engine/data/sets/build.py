@@ -27,6 +27,7 @@ from carillon.engine.data.shards import Dataset, ShardWriter, open_dataset
 
 LEFT_OUT = "left-out.jsonl"
 HELDOUT_ONE_IN = 10
+MAX_PER_LANGUAGE = 20_000
 
 Job = TypeVar("Job")
 
@@ -153,6 +154,39 @@ def add_build_arguments(
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a set built with other settings"
     )
+
+
+def add_drawn_arguments(parser: argparse.ArgumentParser, known: Iterable[str], noun: str) -> None:
+    """Declare the options of sets that draw so many samples of each language."""
+    codes = ",".join(known)
+    parser.add_argument("--languages", default=codes, help=f"comma-separated CLDR codes ({codes})")
+    parser.add_argument(
+        "--per-language", type=int, default=100, help=f"{noun} of each language (100)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="what is drawn by chance (0)")
+
+
+def drawn_settings(
+    languages: Sequence[str], known: Iterable[str], per_language: int, seed: int
+) -> dict[str, Any]:
+    """Those options as settings of a recipe. Raises UserError when they are out of range."""
+    check_languages(languages, known)
+    if not 1 <= per_language <= MAX_PER_LANGUAGE:
+        raise UserError(f"--per-language {per_language}: 1 to {MAX_PER_LANGUAGE:,} are allowed")
+    return {"languages": list(languages), "per_language": per_language, "seed": seed}
+
+
+def shared(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_build_arguments` declared but for --out, as a set's builder takes it."""
+    names = ("data", "limit", "workers", "overwrite")
+    return {name: getattr(args, name) for name in names}
+
+
+def told(dataset: Dataset, noun: str) -> int:
+    """Print what a set holds; the exit code."""
+    for line in summary(dataset, noun):
+        print(line)
+    return 0
 
 
 def summary(dataset: Dataset, noun: str = "samples") -> Iterator[str]:

@@ -23,7 +23,8 @@ from carillon.engine.data.sets.build import (
     add_build_arguments,
     build_set,
     is_heldout,
-    summary,
+    shared,
+    told,
 )
 from carillon.engine.data.sets.cldr import Names, read_names
 from carillon.engine.data.sets.clip_scenes import SIDE, Scene, Track, draw_scene, frames_of
@@ -61,14 +62,9 @@ def main(args: argparse.Namespace) -> int:
         args.out,
         num_clips=args.clips,
         seed=args.seed,
-        data=args.data,
-        limit=args.limit,
-        workers=args.workers,
-        overwrite=args.overwrite,
+        **shared(args),
     )
-    for line in summary(dataset, "clips"):
-        print(line)
-    return 0
+    return told(dataset, "clips")
 
 
 @dataclass(frozen=True, kw_only=True)

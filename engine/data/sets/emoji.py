@@ -21,7 +21,7 @@ from carillon.engine.config import UserError
 from carillon.engine.data.decode.image import ImageError, decode_rgb
 from carillon.engine.data.manifest import MANIFEST_NAME
 from carillon.engine.data.process_map import ordered_map
-from carillon.engine.data.sets.build import is_heldout, parse_languages, summary
+from carillon.engine.data.sets.build import is_heldout, parse_languages, told
 from carillon.engine.data.sets.cldr import read_names
 from carillon.engine.data.sets.emoji_concepts import base_concept
 from carillon.engine.data.sets.emoji_pictures import Picture, read_pictures
@@ -75,9 +75,7 @@ def main(args: argparse.Namespace) -> int:
         workers=args.workers,
         overwrite=args.overwrite,
     )
-    for line in summary(dataset, "pictures"):
-        print(line)
-    return 0
+    return told(dataset, "pictures")
 
 
 def build_emoji(

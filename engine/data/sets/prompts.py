@@ -29,7 +29,8 @@ from carillon.engine.data.sets.build import (
     check_languages,
     is_heldout,
     parse_languages,
-    summary,
+    shared,
+    told,
 )
 from carillon.engine.data.sets.debian import DebianPackage, fetch_packages
 from carillon.engine.data.sets.prompt_texts import (
@@ -74,14 +75,9 @@ def main(args: argparse.Namespace) -> int:
     dataset = build_prompts(
         args.out,
         languages=parse_languages(args.languages),
-        data=args.data,
-        limit=args.limit,
-        workers=args.workers,
-        overwrite=args.overwrite,
+        **shared(args),
     )
-    for line in summary(dataset, "clips"):
-        print(line)
-    return 0
+    return told(dataset, "clips")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,11 +29,13 @@ from carillon.engine.data.sets.build import (
     LeftOut,
     Recipe,
     add_build_arguments,
+    add_drawn_arguments,
     build_set,
-    check_languages,
+    drawn_settings,
     is_heldout,
     parse_languages,
-    summary,
+    shared,
+    told,
 )
 from carillon.engine.data.sets.cldr import DERIVED_NAMES, NAMES, NAMES_LICENCE, Names, read_names
 from carillon.engine.data.sets.clip_words import MOTIONS, WORDS, Told, caption
@@ -57,7 +59,6 @@ EXAMPLES = """examples:
 """
 
 _RECIPE = 1
-_MAX_PER_LANGUAGE = 20_000
 _HELDOUT_SHARE = 0.12
 _TIMEOUT_S = 60
 _MIN_RMS = 100  # of 32,767; speech here has 1,000 to 6,000
@@ -66,14 +67,7 @@ _MIN_DURATION_S = 0.15
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `carillon data speech`."""
-    languages = ",".join(VOICES)
-    parser.add_argument(
-        "--languages", default=languages, help=f"comma-separated CLDR codes ({languages})"
-    )
-    parser.add_argument(
-        "--per-language", type=int, default=100, help="clips of each language (100)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="what is drawn by chance (0)")
+    add_drawn_arguments(parser, VOICES, "clips")
     add_build_arguments(parser, "speech", packages="npm tarballs of CLDR's names", workers=True)
 
 
@@ -84,14 +78,9 @@ def main(args: argparse.Namespace) -> int:
         languages=parse_languages(args.languages),
         per_language=args.per_language,
         seed=args.seed,
-        data=args.data,
-        limit=args.limit,
-        workers=args.workers,
-        overwrite=args.overwrite,
+        **shared(args),
     )
-    for line in summary(dataset, "clips"):
-        print(line)
-    return 0
+    return told(dataset, "clips")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +112,10 @@ def build_speech(
     names: tuple[Package, Package] = (NAMES, DERIVED_NAMES),
 ) -> Dataset:
     """Build the set at `out`, or open it when it is there. Raises UserError as `build_set` does."""
-    check_languages(languages, VOICES)
-    if not 1 <= per_language <= _MAX_PER_LANGUAGE:
-        raise UserError(f"--per-language {per_language}: 1 to {_MAX_PER_LANGUAGE:,} are allowed")
     recipe = Recipe(
         name="speech",
         version=_RECIPE,
-        settings={"languages": list(languages), "per_language": per_language, "seed": seed},
+        settings=drawn_settings(languages, VOICES, per_language, seed),
         collect=lambda: _collect(languages, per_language, seed, data, names),
         make=make_speech,
     )

@@ -27,7 +27,8 @@ from carillon.engine.data.sets.build import (
     add_build_arguments,
     build_set,
     is_heldout,
-    summary,
+    shared,
+    told,
 )
 from carillon.engine.data.sets.debian import DebianPackage, fetch_packages
 from carillon.engine.data.sets.sound import SoundError, read_facts
@@ -66,14 +67,9 @@ def main(args: argparse.Namespace) -> int:
     """Run `carillon data stamps` and print what the set holds. Raises UserError."""
     dataset = build_stamps(
         args.out,
-        data=args.data,
-        limit=args.limit,
-        workers=args.workers,
-        overwrite=args.overwrite,
+        **shared(args),
     )
-    for line in summary(dataset, "stamps"):
-        print(line)
-    return 0
+    return told(dataset, "stamps")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,13 @@ from carillon.engine.data.sets.build import (
     Item,
     Recipe,
     add_build_arguments,
+    add_drawn_arguments,
     build_set,
-    check_languages,
+    drawn_settings,
     is_heldout,
     parse_languages,
-    summary,
+    shared,
+    told,
 )
 from carillon.engine.data.sets.cldr import DERIVED_NAMES, NAMES, NAMES_LICENCE, Names, read_names
 from carillon.engine.data.sets.debian import fetch_packages
@@ -52,20 +54,13 @@ EXAMPLES = """examples:
 """
 
 _RECIPE = 1
-_MAX_PER_LANGUAGE = 20_000
 _MAX_LINE_CHARS = 40
 _HELDOUT_SHARE = 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `carillon data text-lines`."""
-    parser.add_argument(
-        "--languages", default=",".join(SCRIPTS), help="comma-separated CLDR codes (all)"
-    )
-    parser.add_argument(
-        "--per-language", type=int, default=100, help="pictures of each language (100)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="what is drawn by chance (0)")
+    add_drawn_arguments(parser, SCRIPTS, "pictures")
     packages = "Debian and npm packages' files"
     add_build_arguments(parser, "text-lines", packages=packages, workers=True)
 
@@ -77,14 +72,9 @@ def main(args: argparse.Namespace) -> int:
         languages=parse_languages(args.languages),
         per_language=args.per_language,
         seed=args.seed,
-        data=args.data,
-        limit=args.limit,
-        workers=args.workers,
-        overwrite=args.overwrite,
+        **shared(args),
     )
-    for line in summary(dataset, "pictures"):
-        print(line)
-    return 0
+    return told(dataset, "pictures")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +103,10 @@ def build_text_lines(
     names: tuple[Package, Package] = (NAMES, DERIVED_NAMES),
 ) -> Dataset:
     """Build the set at `out`, or open it when it is there. Raises UserError as `build_set` does."""
-    check_languages(languages, SCRIPTS)
-    if not 1 <= per_language <= _MAX_PER_LANGUAGE:
-        raise UserError(f"--per-language {per_language}: 1 to {_MAX_PER_LANGUAGE:,} are allowed")
     recipe = Recipe(
         name="text-lines",
         version=_RECIPE,
-        settings={"languages": list(languages), "per_language": per_language, "seed": seed},
+        settings=drawn_settings(languages, SCRIPTS, per_language, seed),
         collect=lambda: _collect(languages, per_language, seed, data, names),
         make=make_picture,
     )
