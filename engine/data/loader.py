@@ -5,15 +5,15 @@ whole state is the next position and what was counted, and any world size, worke
 yields the same stream. Where streams fill packs, a batch says where they stand after it; that is
 part of the state, and a stream is always served by the same worker.
 Workers that die or hang are replaced by others that start where the training stands: no sample is
-lost or doubled. A sample that two of them were lost at is set aside for the rest of the run, and
-another stands in for it. Once the share of bad samples passes `max_bad_share` the run stops.
+lost or doubled. The sample that a worker was lost at is decoded in a process of its own then; if a
+second worker is lost at it, it is set aside for the rest of the run and another stands in for it.
+Once the share of bad samples passes `max_bad_share` the run stops.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any, Generic
@@ -30,7 +30,6 @@ from carillon.engine.data.training_data import Place
 from carillon.engine.data.workers import LostWorkers, Workers
 
 _MIN_JUDGED = 200  # samples read, bad ones included, before max_bad_share is judged
-_LOST_TWICE = 2  # workers, before the sample that they were at is set aside
 _MAX_LOST = 6  # in a row without a batch: what ends them is no sample
 _REPORT_EVERY_S = 60.0
 _REPORTED_SHARE = 0.1
@@ -67,7 +66,6 @@ class TrainingLoader(Generic[B]):
         self.num_filtered = 0
         self.streams: dict[int, StreamState] = {}  # of this process
         self.read_up_to = 0  # when its state was loaded: nothing was read at or past this place
-        self._lost_at: Counter[Place] = Counter()
         self._newest: Copied[B] | None = None
 
     @property
@@ -95,13 +93,14 @@ class TrainingLoader(Generic[B]):
         assert self._newest is not None, "a batch comes first"
         return self._newest.wait()
 
-    def set_aside(self, lost: LostWorkers) -> None:
-        """Count a loss against the samples that the workers were at."""
+    def suspect(self, lost: LostWorkers) -> None:
+        """The samples that the workers were at: suspects, and out when they were that before."""
         for sample in lost.samples:
             place = Place(*sample)
-            self._lost_at[place] += 1
-            if self._lost_at[place] >= _LOST_TWICE:
-                self.samples.set_aside(place)
+            if place not in self.samples.suspects:
+                self.samples.suspects.add(place)
+            else:
+                self.samples.aside.add(place)
                 key = self.samples.data.key(place)
                 logger.error("sample %s is set aside: loader processes end at it (%s)", key, lost)
 
@@ -145,8 +144,7 @@ class TrainingLoader(Generic[B]):
         self.position = int(state["position"])
         self.num_read, self.num_bad = int(state["num_read"]), int(state["num_bad"])
         self.num_filtered = int(state["num_filtered"])
-        for place in state["aside"]:
-            self.samples.set_aside(Place(*place))
+        self.samples.aside |= {Place(*place) for place in state["aside"]}
         furthest = max((stream.read for stream in streams.values()), default=0)
         self.read_up_to = furthest * self.samples.num_streams if streams else self.position
 
@@ -226,7 +224,7 @@ class _Source(Generic[B]):
                 f"{lost}. Code -9 is often a lack of memory: use fewer data.num_workers"
             ) from None
         logger.warning("%s; other loader processes take their place", lost)
-        self._loader.set_aside(lost)
+        self._loader.suspect(lost)
         self._start()
 
 

@@ -138,8 +138,7 @@ class PackedMedia(Packed[MediaPacks, Media]):
         generator = position_generator(self.seed, "sample", position)
         tokens = self._tokens(raw, generator)
         try:
-            with self.board.stage("decode"):
-                patches, sound = self._patches(raw), self._sound(raw, generator)
+            patches, sound = self._patches(raw), self._sound(raw, generator)
         except ValueError as error:
             raise SampleError(raw.key, str(error)) from None
         if tokens is None and patches is None and sound is None:
@@ -181,12 +180,13 @@ class PackedMedia(Packed[MediaPacks, Media]):
     def _patches(self, raw: RawSample) -> Segment | None:
         limits = self._limits
         if main_member(raw.members, "image") is not None:
-            picture = decode_image(raw.medium("image"))
+            picture = self.decoded(decode_image, "image", raw.medium("image"))
             grid = grid_of(*picture.shape[:2], patch=limits.patch, most=limits.picture_patches)
             return Segment(patches_of(picture, grid, limits.patch), places_of(grid))
         if main_member(raw.members, "video") is None:
             return None
-        clip = decode_video(raw.medium("video"), UniformFrames(limits.frames))
+        chosen = UniformFrames(limits.frames)
+        clip = self.decoded(decode_video, "video", raw.medium("video"), sampling=chosen)
         grid = grid_of(*clip.frames.shape[1:3], patch=limits.patch, most=limits.frame_patches)
         frames = [patches_of(frame, grid, limits.patch) for frame in clip.frames]
         places = [places_of(grid, number) for number in range(len(frames))]
@@ -199,9 +199,8 @@ class PackedMedia(Packed[MediaPacks, Media]):
         header = audio_header(data)
         whole = (header.num_frames or 0) / header.rate
         start = float(generator.random()) * max(0.0, whole - most)
-        sound = decode_audio(
-            data, rate=self._limits.rate, mono=True, start_s=start, duration_s=most
-        )
+        window = {"rate": self._limits.rate, "mono": True, "start_s": start, "duration_s": most}
+        sound = self.decoded(decode_audio, "audio", data, **window)
         return Segment(sound.samples[0][: round(most * self._limits.rate)])
 
 

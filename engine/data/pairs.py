@@ -111,8 +111,7 @@ class PositionedSamples(Positioned[Batch]):
         same = pair_id(raw, self.same_field) if self.same_field is not None else NO_ID
         media = raw.medium("image")
         try:
-            with self.board.stage("decode"):
-                picture = decode_image(media, min_side=self._min_side)
+            picture = self.decoded(decode_image, "image", media, min_side=self._min_side)
         except ValueError as error:
             raise SampleError(raw.key, str(error)) from None
         with self.board.stage("transform"):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ class PositionedBatch(Protocol):
 
 B = TypeVar("B", bound=PositionedBatch)
 S = TypeVar("S")
+V = TypeVar("V")
 
 
 def _all_bad(bad: Sequence[tuple[str, str]]) -> UserError:
@@ -78,7 +79,9 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
 
     def __init__(self, data: TrainingData) -> None:
         self.data, self.config, self.seed = data, data.config, data.seed
-        self.aside: set[Place] = set()  # samples that loader processes end at
+        self.suspects: set[Place] = set()  # samples that a loader process ended at
+        self.aside: set[Place] = set()  # and those that two did
+        self._is_suspect = False  # the one that is read
         self.board = StageBoard(1)
         self._language_weights = language_weights(data.config, data.sets)
 
@@ -90,9 +93,15 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
         being done is written on the board."""
         self.board = board
 
-    def set_aside(self, place: Place) -> None:
-        """A sample that is not to be read again."""
-        self.aside.add(place)
+    def decoded(self, decode: Callable[..., V], modality: str, data: bytes, **options: Any) -> V:
+        """A medium of the sample that is read by `decode`, the modality's decoder; of a suspect in
+        a process of its own, so what ends that is a bad sample. Raises ValueError."""
+        with self.board.stage("decode"):
+            if not self._is_suspect:
+                return decode(data, **options)
+            from carillon.engine.data.decode.guarded import decode_guarded
+
+            return cast(V, decode_guarded(modality, data, **options))
 
     @abstractmethod
     def batch(self, positions: Sequence[int]) -> B:
@@ -154,6 +163,7 @@ class Positioned(Dataset[Any], ABC, Generic[B]):
         if place in self.aside:
             raise SampleError(self.data.key(place), "loader processes end at it; it was set aside")
         self.board.at(place)
+        self._is_suspect = place in self.suspects
         with self.board.stage("read"):
             raw = self.data.read(place)
         if self.data.flagged(place, raw):

@@ -30,12 +30,12 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from carillon.engine.access import explained
 from carillon.engine.config import UserError
+from carillon.engine.file_hash import file_sha256
 from carillon.engine.train.checkpoint_metadata import expect_one_process, root_cause
 from carillon.engine.train.checkpoint_seal import (
     MANIFEST,
     STATE,
     clear_leftovers,
-    file_sha256,
     seal,
 )
 from carillon.engine.train.checkpoint_writer import storage_writer

@@ -6,12 +6,13 @@ besides ends in `.tmp` and goes at the next start; a whole checkpoint among it c
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
+
+from carillon.engine.file_hash import file_sha256
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -79,8 +80,3 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

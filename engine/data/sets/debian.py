@@ -8,7 +8,6 @@ extracted, and no code of a package runs. Left out: pinned versions, since a rel
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import tempfile
@@ -26,6 +25,7 @@ from carillon.engine.data.sets.programs import (
     stream_program,
 )
 from carillon.engine.data.tar_members import TarError, TarMember, iter_members
+from carillon.engine.file_hash import file_sha256
 
 _FETCH_TIMEOUT_S = 1800
 _UNPACK_TIMEOUT_S = 600
@@ -115,7 +115,7 @@ def _fetch(names: Sequence[str], folder: Path, *, given: bool) -> None:
 
 
 def _keep_sum(path: Path, final: Path) -> None:
-    _sum_file(final).write_text(_sha256_of(path) + "\n")
+    _sum_file(final).write_text(file_sha256(path) + "\n")
 
 
 def _kept_sum(path: Path) -> str | None:
@@ -133,24 +133,19 @@ def _open_package(name: str, folder: Path) -> DebianPackage:
         listed = ", ".join(path.name for path in found) or "none"
         raise UserError(f"{folder} must hold one file of the package {name}; it has {listed}")
     path = found[0]
-    sha256 = _sha256_of(path)
+    sha256 = file_sha256(path)
     if _kept_sum(path) not in (None, sha256):
         raise UserError(f"{path} is not what was fetched. Remove it and fetch it again.")
     tar = cache_folder("debian") / f"{sha256}.tar"
     if not tar.is_file():
         _unpack(path, tar)
-    elif _kept_sum(tar) != _sha256_of(tar):
+    elif _kept_sum(tar) != file_sha256(tar):
         raise UserError(f"{tar} was damaged after it was written. Remove it and try again.")
     match = _FILE_NAME.fullmatch(unquote(path.name))
     assert match is not None
     return DebianPackage(
         name=name, version=match["version"], sha256=sha256, tar=tar, members=_members_of(tar)
     )
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unpack(path: Path, tar: Path) -> None:

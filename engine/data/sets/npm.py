@@ -7,7 +7,6 @@ runs.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 from carillon.engine.config import UserError
 from carillon.engine.data.sets.programs import cache_folder
 from carillon.engine.data.tar_members import TarError, iter_members
+from carillon.engine.file_hash import file_sha256
 
 _MAX_UNPACKED_BYTES = 512 << 20  # the largest, CLDR's derived names, has 75 MB
 _NPM_TIMEOUT_S = 900
@@ -118,7 +118,5 @@ def _npm_pack(folder: Path, specs: Sequence[str]) -> None:
 def _check(path: Path, package: Package) -> None:
     if package.sha256 is None:
         return
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if actual != package.sha256:
+    if file_sha256(path) != package.sha256:
         raise UserError(f"{path} is not what was published as {package.spec}. Remove it and retry.")

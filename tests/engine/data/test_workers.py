@@ -1,5 +1,6 @@
 """Loader processes that die or hang are replaced: no sample is lost, doubled or waited for."""
 
+import io
 import logging
 import os
 import signal
@@ -12,11 +13,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from carillon.engine.config import UserError, build
-from carillon.engine.data import workers
+from carillon.engine.data import pairs, workers
 from carillon.engine.data.ahead import ahead
 from carillon.engine.data.config import DataConfig
 from carillon.engine.data.loader import TrainingLoader, stall_report, state_of_all
@@ -202,3 +205,42 @@ def test_copies_come_in_order_and_errors_in_their_turn() -> None:
         time.sleep(0.02)
         names = {thread.name for thread in threading.enumerate() if thread.is_alive()}
     assert "copies-ahead" not in names
+
+
+def png(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((20, 20, 3), value, dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_suspect_is_decoded_apart_and_used_when_it_is_sound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One worker ends in the decoder, as by a fault that does not come again."""
+    with ShardWriter(tmp_path / "set", name="set", source={}) as writer:
+        for i in range(30):
+            writer.write(f"key{i:02d}", {"png": png(i)}, {"captions": {"en": [f"dog {i}"]}})
+    values = {"path": str(tmp_path / "set"), "batch_size": 4, "num_workers": 1}
+
+    def batches() -> list[pairs.Batch]:
+        data = training_data(build(DataConfig, values), 5)
+        samples = pairs.PositionedSamples(data, TOKENIZER, size=16, context=16)
+        loader = TrainingLoader(samples, rank=0, world_size=1, device=CPU)
+        with closing(iter(loader)) as found:
+            return list(islice(found, 8))
+
+    whole = batches()
+    decode = pairs.decode_image
+
+    def crash(data: bytes, **options: Any) -> Any:
+        if data == png(7) and os.getpid() != HERE:
+            die()
+        return decode(data, **options)
+
+    monkeypatch.setattr(pairs, "decode_image", crash)
+    again = batches()
+    assert [batch.keys for batch in again] == [batch.keys for batch in whole]
+    assert all(torch.equal(a.images, b.images) for a, b in zip(again, whole, strict=True))
+    assert not any(batch.bad for batch in again)
+    assert caplog.text.count("take their place") == 1
+    assert "(decode)" in caplog.text
