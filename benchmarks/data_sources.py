@@ -161,7 +161,7 @@ def _hostile_tar(photo: Photo) -> bytes:
             tar.addfile(member, io.BytesIO(data))
 
         texts = json.dumps({"captions": photo.captions}).encode()
-        for name in ("../../etc/passwd", "/root/key"):
+        for name in ("../../etc/passwd", "/absolute/key"):
             add(f"{name}.jpg", photo.jpeg)
             add(f"{name}.json", texts)
         add("link.jpg", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")

@@ -82,7 +82,9 @@ def decode_rgb(
         image = opener(io.BytesIO(data))
     # Decoders of hostile bytes raise nearly anything (OSError, SyntaxError, struct.error, ...).
     except Exception as error:
-        raise ImageError(f"the picture's header cannot be read: {error}") from None
+        is_short = isinstance(error.__cause__ or error, struct.error)  # Pillow wraps some
+        reason = "is cut short" if is_short else f"cannot be read: {error}"
+        raise ImageError(f"the picture's header {reason}") from None
     check_size(image.width, image.height, max_pixels)
     if opener is _Jpeg:
         check_scans(data, image.width * image.height)

@@ -256,3 +256,8 @@ def test_every_mutation_ends_in_pixels_or_image_error() -> None:
                 assert decode_rgb(bytes(data), max_pixels=100_000).mode == "RGB"
             except ImageError:
                 continue
+
+
+def test_a_header_that_is_cut_short_is_said_so() -> None:
+    with pytest.raises(ImageError, match=r"^the picture's header is cut short$"):
+        decode_image(b"GIF89a")
